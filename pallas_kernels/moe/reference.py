@@ -1,0 +1,95 @@
+"""Top-1 mixture of experts without dropped tokens, in XLA.
+
+Tokens are sorted by expert and go through the experts in rounds of `capacity` tokens an expert: one
+batched product per round, as many rounds as the busiest expert needs. Balanced routing takes one
+round; routing everything to one expert is as exact and takes more. (`jax.lax.ragged_dot` multiplies
+every token with every expert on CPU.)
+
+Shapes: T tokens of D channels, E experts of F hidden channels.
+"""
+
+import jax
+import jax.numpy as jnp
+
+MAX_CAPACITY = 512
+
+
+def moe(
+    x: jax.Array, expert: jax.Array, weight: jax.Array, gate_up: jax.Array, down: jax.Array
+) -> jax.Array:
+    """Sends each token through its expert, weight * down(silu(gate) * up).
+
+    Args:
+      x: [T, D].
+      expert: int32 [T]; a number outside 0 .. E - 1 (skip class, padding) takes the token through
+        none.
+      weight: float32 [T].
+      gate_up: [E, 2 F, D], the gate's rows first.
+      down: [E, D, F].
+
+    Returns:
+      float32 [T, D]; zero for tokens without an expert.
+    """
+    tokens, experts = x.shape[0], gate_up.shape[0]
+    real = (expert >= 0) & (expert < experts)
+    if 2 * tokens <= experts:
+        picked = jnp.where(real, expert, 0)
+        out = _expert_mlp(x[:, None], gate_up[picked], down[picked])[:, 0]
+        return jnp.where(real, weight, 0.0)[:, None] * jnp.where(real[:, None], out, 0.0)
+
+    expert = jnp.where(real, expert, experts)
+    order = jnp.argsort(expert, stable=True)
+    counts = jnp.bincount(expert, length=experts + 1)
+    starts = jnp.cumsum(counts) - counts
+    rank = jnp.zeros_like(order).at[order].set(jnp.arange(tokens)) - starts[expert]
+    capacity = min(-(-3 * tokens // (2 * experts)), tokens, MAX_CAPACITY)
+
+    def one_round(number: jax.Array) -> jax.Array:
+        """Experts' output for their tokens of this round, float32 [T, D], zero for the others."""
+        place = number * capacity + jnp.arange(capacity)
+        filled = place < counts[:experts, None]
+        token = order[jnp.minimum(starts[:experts, None] + place, tokens - 1)]
+        served = real & (rank // capacity == number)
+        slot = jnp.where(served, expert * capacity + rank % capacity, 0)
+        rows = _permute(x, token.reshape(-1), filled.reshape(-1), slot, served)
+        out = _expert_mlp(rows.reshape(experts, capacity, -1), gate_up, down)
+        out = out.reshape(experts * capacity, -1)
+        return _permute(out, slot, served, token.reshape(-1), filled.reshape(-1))
+
+    def step(total: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+        needed = number * capacity < jnp.max(counts[:experts])
+        return jax.lax.cond(needed, lambda t: t + one_round(number), lambda t: t, total), None
+
+    zeros = jnp.zeros((tokens, down.shape[1]), jnp.float32)
+    out, _ = jax.lax.scan(step, zeros, jnp.arange(-(-tokens // capacity)))
+    return jnp.where(real, weight, 0.0)[:, None] * out
+
+
+def _expert_mlp(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+    """One gated MLP per expert: [E, C, D] -> float32 [E, C, D]."""
+    hidden = jnp.einsum("ecd,efd->ecf", x, gate_up, preferred_element_type=jnp.float32)
+    gate, up = jnp.split(hidden, 2, axis=-1)
+    hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
+    return jnp.einsum("ecf,edf->ecd", hidden, down, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _permute(
+    x: jax.Array, index: jax.Array, valid: jax.Array, inverse: jax.Array, inverse_valid: jax.Array
+) -> jax.Array:
+    """Rows of x by `index`, zero where not `valid`; its gradient is the gather by `inverse`, never
+    a scatter."""
+    return jnp.where(valid[:, None], x[index], 0)
+
+
+def _permute_forward(x, index, valid, inverse, inverse_valid):
+    return _permute(x, index, valid, inverse, inverse_valid), (inverse, inverse_valid)
+
+
+def _permute_backward(residual, cotangent):
+    inverse, inverse_valid = residual
+    gradient = jnp.where(inverse_valid[:, None], cotangent[inverse], 0)
+    return gradient, None, None, None, None
+
+
+_permute.defvjp(_permute_forward, _permute_backward)

@@ -1,0 +1,37 @@
+"""RMSNorm and learned residual scaling, in XLA."""
+
+import jax
+import jax.numpy as jnp
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square normalisation of the last axis, [..., D] -> [..., D] in the weight's dtype.
+
+    The input is cast to the weight's dtype first; the mean of squares is float32 (reference:
+    transformers `zaya`).
+    """
+    x = x.astype(weight.dtype).astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    return weight * x.astype(weight.dtype)
+
+
+def scale_residual(
+    output: jax.Array,
+    residual: jax.Array,
+    output_scale: jax.Array,
+    output_bias: jax.Array,
+    residual_scale: jax.Array,
+    residual_bias: jax.Array,
+) -> jax.Array:
+    """Adds a sub-layer's output to the stream, each with its learned scale and bias (vectors of
+    size D).
+
+    `output` [..., D] in any float dtype, `residual` float32 [..., D]; the sum is float32, because
+    over 80 sub-layers the product of the released scales has median 7e-6 and a bfloat16 stream
+    would lose the early layers.
+    """
+    output, output_scale, output_bias, residual_scale, residual_bias = (
+        a.astype(jnp.float32)
+        for a in (output, output_scale, output_bias, residual_scale, residual_bias)
+    )
+    return (output + output_bias) * output_scale + (residual + residual_bias) * residual_scale

@@ -1,0 +1,24 @@
+"""The router op, by whichever implementation is selected; arguments as in `reference.route`."""
+
+import jax
+
+from pallas_kernels.router import reference
+from pallas_kernels.router.reference import FREE, Weights
+from pallas_kernels.selection import select
+
+__all__ = ["FREE", "Weights", "route"]
+
+
+def route(
+    states: jax.Array,
+    previous: jax.Array | None,
+    weights: Weights,
+    balancing_biases: jax.Array,
+    eps: float,
+    forced: jax.Array | None = None,
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return select("route", implementation, {"xla": reference.route})(
+        states, previous, weights, balancing_biases, eps, forced
+    )

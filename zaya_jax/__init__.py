@@ -1,0 +1,30 @@
+"""ZAYA1 in JAX: load a checkpoint, run it, generate with it."""
+
+from zaya_jax.config import PRESETS, Rope, ZayaConfig
+from zaya_jax.errors import CheckpointError, ConfigError, InputError, ZayaError
+from zaya_jax.generation.generate import Generation
+from zaya_jax.loading import load
+from zaya_jax.model import Output, forward, head, init, init_state
+from zaya_jax.sharding import make_mesh
+from zaya_jax.state import DecodeState
+from zaya_jax.zaya import Zaya
+
+__all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "ConfigError",
+    "DecodeState",
+    "Generation",
+    "InputError",
+    "Output",
+    "Rope",
+    "Zaya",
+    "ZayaConfig",
+    "ZayaError",
+    "forward",
+    "head",
+    "init",
+    "init_state",
+    "load",
+    "make_mesh",
+]

@@ -1,0 +1,115 @@
+"""Compressed convolutional attention (arXiv 2510.04476) as a module: projections around the two ops
+that do the work."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import api as attention
+from pallas_kernels.cca_mix import api as cca_mix
+from zaya_jax.config import ZayaConfig
+from zaya_jax.layers import INIT, Linear
+from zaya_jax.state import LayerState
+
+
+class Tokens(NamedTuple):
+    """Where the tokens of one call stand, shared by all layers. B rows of S tokens."""
+
+    valid: jax.Array  # bool [B, S], False for padding
+    offsets: jax.Array  # int32 [B], tokens of the row before this call
+    new_lengths: jax.Array  # int32 [B], real tokens of this call in each right-padded row
+    segment_ids: jax.Array | None  # int32 [B, S], 0 is padding; None where rows are not packed
+    age: (
+        jax.Array | None
+    )  # int32 [B, S], tokens since the segment began; None where rows are not packed
+
+
+class Convolution(nn.Module):
+    """Parameters of one of CCA's causal convolutions: weight [channels, inputs per channel, taps]
+    and bias."""
+
+    channels: int
+    inputs: int
+    taps: int
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        weight = self.param("weight", INIT, (self.channels, self.inputs, self.taps))
+        return weight, self.param("bias", nn.initializers.zeros, (self.channels,))
+
+
+class Temperature(nn.Module):
+    """Learned scale of each key head; 1 at the start (0 would silence every key)."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param("temp", nn.initializers.ones, (self.heads,))
+
+
+class Projections(nn.Module):
+    """Maps the normed stream to queries, keys and both halves of the values, and holds the
+    convolutions."""
+
+    config: ZayaConfig
+
+    def setup(self) -> None:
+        c = self.config
+        keys = c.num_key_value_heads * c.head_dim
+        self.q_proj = Linear(c.num_attention_heads * c.head_dim, c.attention_bias)
+        self.k_proj = Linear(keys, c.attention_bias)
+        self.v_proj_current = Linear(keys // 2, c.attention_bias)
+        self.v_proj_delayed = Linear(keys // 2, c.attention_bias)
+        self.conv_qk_depthwise = Convolution(c.conv_channels, 1, c.cca_time0)
+        self.conv_qk_grouped = Convolution(c.conv_channels, c.head_dim, c.cca_time1)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        return self.q_proj(x), self.k_proj(x), self.v_proj_current(x), self.v_proj_delayed(x)
+
+    def mixing(self, temperature: jax.Array) -> cca_mix.Weights:
+        initial = self.v_proj_delayed(jnp.zeros((self.config.hidden_size,), temperature.dtype))
+        return cca_mix.Weights(
+            *self.conv_qk_depthwise(), *self.conv_qk_grouped(), temperature, initial
+        )
+
+
+class Attention(nn.Module):
+    """Attention in the compressed space: [B, S, D] -> [B, S, D], and the layer's new decoding
+    state."""
+
+    config: ZayaConfig
+
+    def setup(self) -> None:
+        self.qkv_proj = Projections(self.config)
+        self.qk_norm = Temperature(self.config.num_key_value_heads)
+        self.o_proj = Linear(self.config.hidden_size, self.config.attention_bias)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        tokens: Tokens,
+        rotary: tuple[jax.Array, jax.Array],
+        window: int | jax.Array | None,
+        state: LayerState | None,
+    ) -> tuple[jax.Array, LayerState | None]:
+        x = jnp.where(tokens.valid[..., None], x, 0)
+        weights = self.qkv_proj.mixing(self.qk_norm())
+        carry = cca_mix.initial_carry(weights, x.shape[0])
+        if state is not None:
+            carry = cca_mix.Carry(state.conv_tail, state.delayed_value)
+        q, k, v, carry = cca_mix.cca_mix(
+            *self.qkv_proj(x), weights, carry, tokens.new_lengths, tokens.age, *rotary
+        )
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        if state is not None:
+            state = state.extended(k, v, carry.conv_tail, carry.delayed_value, tokens)
+            k, v = state.k, state.v
+        out = attention.attention(q, k, v, tokens.offsets, tokens.segment_ids, window)
+        return self.o_proj(out.reshape(*out.shape[:2], -1)), state
+
+    def initial_carry(self, batch: int) -> cca_mix.Carry:
+        """What a row carries before its first token."""
+        return cca_mix.initial_carry(self.qkv_proj.mixing(self.qk_norm()), batch)

@@ -1,0 +1,67 @@
+"""Rows of tokens as arrays: right padding, and the bucket shapes that keep programs from being
+compiled anew."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from zaya_jax.config import ZayaConfig
+from zaya_jax.errors import InputError
+
+MAX_CHUNK = 512
+
+
+def bucket(size: int, smallest: int = 1) -> int:
+    """The next power of two, at least `smallest`."""
+    return max(smallest, 1 << (size - 1).bit_length())
+
+
+def check_tokens(rows: Sequence[Sequence[int]], config: ZayaConfig) -> list[list[int]]:
+    """Prompts as lists of ints. Raises InputError for ones that the model cannot read."""
+    if not len(rows):
+        raise InputError("no prompts given")
+    checked = []
+    for number, row in enumerate(rows):
+        array = np.asarray(row)
+        if array.ndim != 1 or array.size == 0:
+            raise InputError(f"prompt {number} is empty or no flat list of tokens")
+        if array.dtype.kind not in "iu":
+            raise InputError(f"prompt {number} has tokens that are no integers")
+        outside = array[(array < 0) | (array >= config.vocab_size)]
+        if outside.size:
+            raise InputError(
+                f"prompt {number} has token {outside[0]}, outside the vocabulary of {config.vocab_size}"
+            )
+        if array.size >= config.max_position_embeddings:
+            raise InputError(
+                f"prompt {number} has {array.size} tokens, which leaves no room in the context of "
+                f"{config.max_position_embeddings}"
+            )
+        checked.append([int(token) for token in array])
+    return checked
+
+
+def pad_rows(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded int32 [B, length] tokens and their int32 [B] real lengths."""
+    tokens = np.full((len(rows), length), pad, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return tokens, np.array([len(row) for row in rows], np.int32)
+
+
+def from_left_padded(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turns left-padded rows [B, S] with their attention mask into right-padded ones and lengths
+    [B].
+
+    Raises:
+      InputError: a mask that is not zeros followed by ones.
+    """
+    tokens, mask = np.asarray(tokens), np.asarray(mask).astype(bool)
+    if tokens.ndim != 2 or mask.shape != tokens.shape:
+        raise InputError(f"tokens {tokens.shape} and mask {mask.shape} must be two equal [B, S]")
+    lengths = mask.sum(axis=1)
+    expected = np.arange(tokens.shape[1]) >= (tokens.shape[1] - lengths)[:, None]
+    if (mask != expected).any():
+        raise InputError(f"row {int((mask != expected).any(axis=1).argmax())} is not left-padded")
+    shifted = [np.roll(row, count) for row, count in zip(tokens, lengths, strict=True)]
+    return np.stack(shifted).astype(np.int32), lengths.astype(np.int32)

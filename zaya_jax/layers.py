@@ -1,0 +1,72 @@
+"""The small modules every layer shares: linear maps, RMSNorm, residual scaling, and the rotary
+table."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.norm import api as norm
+from zaya_jax.config import Rope
+
+INIT = nn.initializers.normal(0.02)
+
+
+def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """x [..., in] times weight [out, in], accumulated in float32: float32 [..., out]."""
+    out = jax.lax.dot_general(
+        x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    return out if bias is None else out + bias.astype(jnp.float32)
+
+
+class Linear(nn.Module):
+    """A linear map with its weight in PyTorch's orientation, [out, in]; the result is in the
+    weight's dtype."""
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.param("weight", INIT, (self.features, x.shape[-1]))
+        bias = (
+            self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        )
+        return linear(x, weight, bias).astype(weight.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation of the last axis, in the weight's dtype."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
+        return norm.rms_norm(x, weight, self.eps)
+
+
+class ResidualScaling(nn.Module):
+    """Joins a sub-layer's output to the float32 stream: (output + hb) * hs + (stream + rb) * rs."""
+
+    @nn.compact
+    def __call__(self, output: jax.Array, residual: jax.Array) -> jax.Array:
+        size = residual.shape[-1:]
+        scale, bias = nn.initializers.ones, nn.initializers.zeros
+        return norm.scale_residual(
+            output,
+            residual,
+            self.param("hidden_states_scale", scale, size),
+            self.param("hidden_states_bias", bias, size),
+            self.param("residual_scale", scale, size),
+            self.param("residual_bias", bias, size),
+        )
+
+
+def rotary_table(positions: jax.Array, head_dim: int, rope: Rope) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotary embedding: positions int [B, S] -> two float32 [B, S,
+    r/2]."""
+    rotary = int(head_dim * rope.partial_rotary_factor)
+    frequencies = rope.theta ** (-jnp.arange(0, rotary, 2, dtype=jnp.float32) / rotary)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)

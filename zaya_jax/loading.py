@@ -1,0 +1,191 @@
+"""One door to every checkpoint: `load` and `save`."""
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh
+from safetensors.numpy import save_file
+
+from convert.mapping import mapping
+from convert.safetensors_io import INDEX, SINGLE, Tensor, read_folder, read_json
+from zaya_jax.config import ZayaConfig
+from zaya_jax.errors import CheckpointError, ConfigError
+from zaya_jax.model import Params
+from zaya_jax.sharding import check_mesh, parameter_sharding
+from zaya_jax.text.tokenizer import Tokenizer
+from zaya_jax.zaya import Zaya
+
+NANO = Path(__file__).parent / "nano"
+MAX_SHARD_BYTES = 5_000_000_000
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+
+
+def load(
+    path_or_hub_id: str | os.PathLike[str] = NANO, dtype: Any = None, mesh: Mesh | None = None
+) -> Zaya:
+    """Loads a checkpoint in the current Hugging Face layout; without a path, the embedded nano
+    model.
+
+    Args:
+      path_or_hub_id: a folder with config.json and model.safetensors (or shards with an index), or
+        the id of a repository on the Hugging Face hub.
+      dtype: of the parameters, float32, bfloat16 or float16; by default that of the file. Balancing
+        biases are float32.
+      mesh: spreads the experts over its `expert` axis and replicates the rest.
+
+    Raises:
+      CheckpointError: listing everything that is missing, unknown, misshapen, duplicate or damaged.
+      ConfigError: naming the field of config.json at fault.
+    """
+    folder = _folder(path_or_hub_id)
+    dtype = None if dtype is None else _dtype(dtype)
+    try:
+        config = ZayaConfig.from_hf(read_json(folder / "config.json"))
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'config.json'}: {error}") from None
+    if mesh is not None:
+        check_mesh(config, mesh)
+    params = _read(folder, config, dtype, mesh)
+    return Zaya(params, config, Tokenizer.from_folder(folder, config))
+
+
+def save(
+    params: Params, config: ZayaConfig, path: str | os.PathLike[str], tokenizer: Tokenizer | None
+) -> None:
+    """Writes parameters in the layout that `load` reads, tensor by tensor bit for bit; replaces
+    nothing until done."""
+    path = Path(path)
+    if path.exists() and not (
+        path.is_dir() and (not any(path.iterdir()) or (path / "config.json").exists())
+    ):
+        raise CheckpointError(f"{path}: exists and is no checkpoint folder, so it is not replaced")
+    tensors = {
+        entry.name: np.asarray(leaf)
+        for entry, leaf in zip(mapping(config).values(), _leaves(params, config), strict=True)
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        folder = Path(temporary) / "checkpoint"
+        folder.mkdir()
+        _write(tensors, folder)
+        values = config.to_hf() | {"dtype": str(tensors["model.norm.weight"].dtype)}
+        (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        if path.exists():
+            path.rename(Path(temporary) / "replaced")
+        folder.rename(path)
+
+
+def _leaves(params: Params, config: ZayaConfig) -> list[Any]:
+    """The tree's leaves in the order of the mapping table."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    found = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
+    if odd := sorted(found.keys() ^ mapping(config).keys()):
+        raise CheckpointError(f"the parameters do not fit the config at {odd[0]}")
+    return [found[path] for path in mapping(config)]
+
+
+def _write(tensors: dict[str, np.ndarray], folder: Path) -> None:
+    shards: list[dict[str, np.ndarray]] = [{}]
+    room = MAX_SHARD_BYTES
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = MAX_SHARD_BYTES
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+        return
+    places = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path}: is a file, expected a checkpoint folder")
+    name = str(path_or_hub_id)
+    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise CheckpointError(f"{path}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{name}: no such folder, and not loaded from the hub: {reason}"
+        ) from None
+
+
+def _dtype(dtype: Any) -> np.dtype:
+    try:
+        kind = np.dtype(jnp.dtype(dtype))
+    except TypeError:
+        kind = None
+    if kind not in (np.float32, np.float16, ml_dtypes.bfloat16):
+        raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    return kind
+
+
+def _read(folder: Path, config: ZayaConfig, dtype: np.dtype | None, mesh: Mesh | None) -> Params:
+    found, problems = read_folder(folder)
+    table = mapping(config)
+    embedding, head = found.get("model.embed_tokens.weight"), found.get("lm_head.weight")
+    if config.tie_word_embeddings and embedding is not None and head is not None:
+        if _same(embedding, head):
+            del found["lm_head.weight"]
+        else:
+            problems.append(
+                "lm_head.weight differs from the embedding, but tie_word_embeddings is true"
+            )
+    expected = {entry.name: entry.shape for entry in table.values()}
+    problems += [
+        f"missing tensor {name!r} {shape}" for name, shape in expected.items() if name not in found
+    ]
+    for name, tensor in found.items():
+        if name not in expected:
+            problems.append(f"unknown tensor {name!r} {tensor.shape}")
+        elif tensor.shape != expected[name]:
+            problems.append(f"tensor {name!r} has shape {tensor.shape}, expected {expected[name]}")
+    if problems:
+        raise CheckpointError(f"{folder}: {len(problems)} problems: " + "; ".join(problems))
+
+    tree: Any = {}
+    for path, entry in table.items():
+        array = found[entry.name].read(np.float32 if entry.always_float32 else dtype)
+        placement = None if mesh is None else parameter_sharding(path, mesh)
+        _insert(tree, path.split("/"), jax.device_put(array, placement, may_alias=True))
+    for collection in tree.values():
+        collection["layers"] = tuple(collection["layers"].values())
+    return tree
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.read().tobytes() == b.read().tobytes()
+
+
+def _insert(tree: dict[str, Any], path: list[str], leaf: jax.Array) -> None:
+    *parents, last = path
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    tree[last] = leaf

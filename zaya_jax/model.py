@@ -1,0 +1,311 @@
+"""ZAYA: embed -> layers -> head. The only file that knows the order of things.
+
+Parameters are a dict of two collections, "params" and "balancing" (the routers' balancing biases),
+whose leaves follow the Hugging Face names; see `convert.mapping`.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from zaya_jax.attention import Attention, Tokens
+from zaya_jax.config import SLIDING, ZayaConfig
+from zaya_jax.layers import INIT, ResidualScaling, RMSNorm, linear, rotary_table
+from zaya_jax.moe import BALANCING, MoE
+from zaya_jax.state import DecodeState, LayerState
+
+Params = dict[str, Any]
+
+
+class Output(NamedTuple):
+    """Result of `forward` for tokens [B, S]."""
+
+    hidden: jax.Array  # float32 [B, S, D], after the final norm
+    state: DecodeState | None  # None where none was given
+    experts: jax.Array  # uint8 [B, S, L]; E is the skip class, 255 stands for padding
+    expert_counts: jax.Array  # int32 [L, E + 1], padding excluded
+
+
+class Layer(nn.Module):
+    """One ZAYA layer: CCA attention, then mixture of experts, each joined to the stream by residual
+    scaling."""
+
+    config: ZayaConfig
+    first: bool = False
+
+    def setup(self) -> None:
+        self.input_layernorm = RMSNorm(self.config.rms_norm_eps)
+        self.self_attn = Attention(self.config)
+        self.post_attention_residual_scale = ResidualScaling()
+        self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps)
+        self.mlp = MoE(self.config, self.first)
+        self.post_mlp_residual_scale = ResidualScaling()
+
+    def __call__(
+        self,
+        h: jax.Array,
+        router_state: jax.Array | None,
+        tokens: Tokens,
+        rotary: tuple[jax.Array, jax.Array],
+        window: int | jax.Array | None = None,
+        state: LayerState | None = None,
+        forced: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, LayerState | None, jax.Array]:
+        a, state = self.self_attn(self.input_layernorm(h), tokens, rotary, window, state)
+        h = self.post_attention_residual_scale(a, h)
+        m, router_state, experts = self.mlp(
+            self.post_attention_layernorm(h), router_state, tokens.valid, forced
+        )
+        return self.post_mlp_residual_scale(m, h), router_state, state, experts
+
+
+class Ends(nn.Module):
+    """What lies around the layers: the embedding, the final norm, and the head."""
+
+    config: ZayaConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed_tokens = Table(c.vocab_size, c.hidden_size, use_bias=False)
+        scale, bias = nn.initializers.ones, nn.initializers.zeros
+        self.input_hidden_states_scale = self.param(
+            "input_hidden_states_scale", scale, (c.hidden_size,)
+        )
+        self.input_hidden_states_bias = self.param(
+            "input_hidden_states_bias", bias, (c.hidden_size,)
+        )
+        self.norm = RMSNorm(c.rms_norm_eps)
+        if not c.tie_word_embeddings or c.lm_head_bias:
+            self.lm_head = Table(
+                c.vocab_size, c.hidden_size, c.lm_head_bias, use_weight=not c.tie_word_embeddings
+            )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.head(self.norm(self.embed(tokens)))
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        weight, _ = self.embed_tokens()
+        h = (weight[tokens] + self.input_hidden_states_bias) * self.input_hidden_states_scale
+        return h.astype(jnp.float32)
+
+    def final_norm(self, h: jax.Array) -> jax.Array:
+        return self.norm(h).astype(jnp.float32)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        weight, bias = self.embed_tokens()
+        if not self.config.tie_word_embeddings or self.config.lm_head_bias:
+            own, bias = self.lm_head()
+            weight = weight if own is None else own
+        return linear(hidden.astype(weight.dtype), weight, bias)
+
+
+class Table(nn.Module):
+    """Weight [rows, columns] and bias [rows] of an embedding or head, either of which may be
+    absent."""
+
+    rows: int
+    columns: int
+    use_bias: bool
+    use_weight: bool = True
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array | None, jax.Array | None]:
+        weight = self.param("weight", INIT, (self.rows, self.columns)) if self.use_weight else None
+        bias = self.param("bias", nn.initializers.zeros, (self.rows,)) if self.use_bias else None
+        return weight, bias
+
+
+def init(config: ZayaConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+    """Fresh parameters in canonical form, as the authors initialise them (temperatures 1); biases
+    stay float32."""
+    ends_key, *layer_keys = jax.random.split(key, config.num_hidden_layers + 1)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    ends = Ends(config).init(ends_key, tokens)["params"]
+    h = jnp.zeros((1, 1, config.hidden_size))
+    router_state = jnp.zeros((1, 1, config.router_hidden_size))
+    where = _place(tokens, None, None, None)
+    rotary = rotary_table(tokens, config.head_dim, config.rope)
+    layers = [
+        Layer(config, first=i == 0).init(layer_key, h, router_state, where, rotary)
+        for i, layer_key in enumerate(layer_keys)
+    ]
+    params = {**ends, "layers": tuple(layer["params"] for layer in layers)}
+    return {
+        "params": jax.tree.map(lambda x: x.astype(dtype), params),
+        BALANCING: {"layers": tuple(layer[BALANCING] for layer in layers)},
+    }
+
+
+def parameter_counts(config: ZayaConfig) -> tuple[int, int]:
+    """All trained parameters, and those that one token uses, embedding and untied head excluded."""
+    layers = min(config.num_hidden_layers, 2)  # all but the first are alike
+    short = dataclasses.replace(
+        config, num_hidden_layers=layers, layer_types=config.layer_types[:layers]
+    )
+    tree = jax.eval_shape(partial(init, short), jax.random.key(0))["params"]
+
+    def size(part: Any) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(part))
+
+    total = size(tree) + (config.num_hidden_layers - layers) * size(tree["layers"][-1])
+    tables = size([tree["embed_tokens"], tree.get("lm_head")])
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    idle = config.num_hidden_layers * (config.num_experts - 1) * expert
+    return total, total - tables - idle
+
+
+def init_state(params: Params, config: ZayaConfig, batch: int, capacity: int) -> DecodeState:
+    """The state before a first token, with room for `capacity` tokens in each of `batch` rows."""
+    layers = []
+    for layer in _unstacked(params["params"]["layers"]):
+        attention = {"params": layer["self_attn"]}
+        carry = Attention(config).apply(attention, batch, method="initial_carry")
+        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+        empty = jnp.zeros(shape, carry.delayed_value.dtype)
+        layers.append(LayerState(empty, jnp.copy(empty), *carry))
+    return DecodeState.from_layers(layers, jnp.zeros(batch, jnp.int32))
+
+
+def forward(
+    params: Params,
+    config: ZayaConfig,
+    tokens: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    new_lengths: jax.Array | None = None,
+    state: DecodeState | None = None,
+    forced_experts: jax.Array | None = None,
+) -> Output:
+    """Runs tokens through the model: prefill, decoding, scoring and training differ only in what
+    they pass.
+
+    Args:
+      params: canonical (a tuple of layers) or stacked (`layouts.stack`: runs as a scan, which
+        compiles faster).
+      config: the architecture; static under `jax.jit`.
+      tokens: int32 [B, S].
+      segment_ids: int32 [B, S] of packed rows: 0 is padding, other ids contiguous runs, not reused
+        in a row. Every segment behaves as if it ran alone. Exclusive with `state` and
+        `new_lengths`.
+      positions: int32 [B, S] for the rotary embedding; by default those of the row or segment.
+      new_lengths: int32 [B], real tokens of this call in each right-padded row; 0 leaves a row's
+        state untouched.
+      state: of the tokens before; must have room for the new ones.
+      forced_experts: uint8 [B, S, L], experts to use instead of the routers' choices; 255 leaves
+        one free.
+
+    Returns:
+      `Output`. Logits are `head(params, config, hidden)` of the positions that need them.
+    """
+    if segment_ids is not None and (state is not None or new_lengths is not None):
+        raise ValueError("segment_ids cannot be combined with state or new_lengths")
+    where = _place(tokens, segment_ids, new_lengths, state)
+    if positions is None:
+        index = where.offsets[:, None] + jnp.arange(tokens.shape[1])
+        positions = index if where.age is None else where.age
+    rotary = {
+        kind: rotary_table(positions, config.head_dim, config.layer_rope(kind))
+        for kind in dict.fromkeys(config.layer_types)
+    }
+    ends = {"params": {k: v for k, v in params["params"].items() if k != "layers"}}
+    h = Ends(config).apply(ends, tokens, method="embed")
+    run = _run_layers if isinstance(params["params"]["layers"], tuple) else _scan_layers
+    h, layers, experts = run(params, config, h, where, rotary, state, forced_experts)
+    hidden = Ends(config).apply(ends, h, method="final_norm")
+    if state is not None:
+        state = DecodeState.from_layers(layers, state.lengths + where.new_lengths)
+    classes = jnp.arange(config.num_experts + 1, dtype=experts.dtype)
+    counts = jax.vmap(lambda e: jnp.sum(e[..., None] == classes, axis=(0, 1)), in_axes=2)(experts)
+    return Output(hidden, state, experts, counts.astype(jnp.int32))
+
+
+def head(params: Params, config: ZayaConfig, hidden: jax.Array) -> jax.Array:
+    """Logits of hidden states: float32 [..., D] -> float32 [..., V]."""
+    ends = {"params": {k: v for k, v in params["params"].items() if k != "layers"}}
+    return Ends(config).apply(ends, hidden, method="head")
+
+
+def _place(
+    tokens: jax.Array,
+    segment_ids: jax.Array | None,
+    new_lengths: jax.Array | None,
+    state: DecodeState | None,
+) -> Tokens:
+    batch, length = tokens.shape
+    offsets = jnp.zeros(batch, jnp.int32) if state is None else state.lengths
+    if segment_ids is not None:
+        index = jnp.arange(length)
+        before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
+        begins = (segment_ids != before) | (index == 0)
+        age = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+        return Tokens(segment_ids != 0, offsets, jnp.full(batch, length), segment_ids, age)
+    if new_lengths is None:
+        new_lengths = jnp.full(batch, length, jnp.int32)
+    valid = jnp.arange(length) < new_lengths[:, None]
+    return Tokens(valid, offsets, new_lengths, None, None)
+
+
+def _run_layers(params, config, h, where, rotary, state, forced):
+    """Layers one after the other: each is compiled, and may differ from the others."""
+    states = [None] * config.num_hidden_layers if state is None else state.layers()
+    router_state, chosen = None, []
+    for i, kind in enumerate(config.layer_types):
+        variables = {
+            "params": params["params"]["layers"][i],
+            BALANCING: params[BALANCING]["layers"][i],
+        }
+        h, router_state, states[i], experts = Layer(config, first=i == 0).apply(
+            variables,
+            h,
+            router_state,
+            where,
+            rotary[kind],
+            config.layer_window(kind),
+            states[i],
+            None if forced is None else forced[..., i],
+        )
+        chosen.append(experts)
+    return h, states, jnp.stack(chosen, axis=-1)
+
+
+def _scan_layers(params, config, h, where, rotary, state, forced):
+    """Stacked layers as one scan: compiled once; layers of both attention types choose theirs by
+    number."""
+    kinds = list(rotary)
+    mixed = len(kinds) == 2
+
+    def step(carry, layer):
+        h, router_state = carry
+        variables, kind, layer_state, layer_forced = layer
+        table, window = rotary[kinds[0]], config.layer_window(kinds[0])
+        if mixed:
+            pick = partial(jnp.where, kind)
+            table = jax.tree.map(pick, rotary[SLIDING], rotary[kinds[1 - kinds.index(SLIDING)]])
+            window = jnp.where(kind, config.sliding_window, jnp.iinfo(jnp.int32).max)
+        h, router_state, layer_state, experts = Layer(config).apply(
+            variables, h, router_state, where, table, window, layer_state, layer_forced
+        )
+        return (h, router_state), (layer_state, experts)
+
+    variables = {"params": params["params"]["layers"], BALANCING: params[BALANCING]["layers"]}
+    sliding = jnp.array([kind == SLIDING for kind in config.layer_types])
+    layers = None if state is None else jax.tree.map(lambda *x: jnp.stack(x), *state.layers())
+    forced = None if forced is None else jnp.moveaxis(forced, -1, 0)
+    router_state = jnp.zeros((*h.shape[:-1], config.router_hidden_size))
+    (h, _), (layers, experts) = jax.lax.scan(
+        step, (h, router_state), (variables, sliding, layers, forced)
+    )
+    return h, None if state is None else _unstacked(layers), jnp.moveaxis(experts, 0, -1)
+
+
+def _unstacked(layers: Any) -> Any:
+    """A sequence of layers from either form."""
+    if isinstance(layers, tuple) and not isinstance(layers, LayerState):
+        return layers
+    count = jax.tree.leaves(layers)[0].shape[0]
+    return [jax.tree.map(lambda x: x[i], layers) for i in range(count)]  # noqa: B023

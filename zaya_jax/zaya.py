@@ -1,0 +1,155 @@
+"""The handle a notebook holds: parameters, config and tokenizer, and what one does with them."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from zaya_jax.config import ZayaConfig
+from zaya_jax.errors import InputError
+from zaya_jax.generation.generate import Generation, OnText, generate
+from zaya_jax.generation.sampling import Sampling
+from zaya_jax.model import Params, forward, head
+from zaya_jax.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Zaya:
+    """A loaded model. `params` and `config` are all that `zaya_jax.forward` needs; the methods are
+    conveniences."""
+
+    params: Params
+    config: ZayaConfig
+    tokenizer: Tokenizer | None = None
+
+    def logits(self, tokens: Any, lengths: Any = None, segment_ids: Any = None) -> jax.Array:
+        """Next-token logits at every position: int [B, S] -> float32 [B, S, V].
+
+        Args:
+          tokens: token ids, right-padded where rows differ in length.
+          lengths: int [B], real tokens of each row; logits behind them are undefined.
+          segment_ids: int [B, S] of packed rows, 0 for padding; exclusive with `lengths`.
+
+        Raises:
+          InputError: shapes that do not fit, or tokens outside the vocabulary.
+        """
+        tokens = _integers("tokens", tokens)
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise InputError(f"tokens must be [B, S] and not empty, got {list(tokens.shape)}")
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            raise InputError(f"tokens must lie in 0 .. {self.config.vocab_size - 1}")
+        if lengths is not None:
+            lengths = _lengths(lengths, tokens.shape)
+        if segment_ids is not None:
+            if lengths is not None:
+                raise InputError("lengths and segment_ids exclude each other")
+            segment_ids = _segments(segment_ids, tokens.shape)
+        return _logits(self.params, self.config, tokens, lengths, segment_ids)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_p: float = 0.95,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        *,
+        enable_thinking: bool = True,
+        on_text: OnText | None = None,
+    ) -> list[Generation]:
+        """Continues each prompt.
+
+        Args:
+          prompts: a list of prompts (or one): text, which is encoded as it stands, token ids, or a
+            conversation (a list of {"role", "content"}), which is rendered with the chat template.
+          max_new_tokens, temperature, top_p, top_k, min_p, seed, stop: see `Sampling`.
+          enable_thinking: for conversations; False asks for an answer without reasoning.
+          on_text: called with a prompt's number and each new piece of its text.
+
+        Raises:
+          InputError: prompts or settings that no model could run.
+        """
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            seed=seed,
+            stop=stop,
+        )
+        if self.tokenizer is None and (sampling.stop or on_text is not None):
+            raise InputError(
+                "this checkpoint has no tokenizer, so no stop strings and no streamed text"
+            )
+        rows = [self._encode(prompt, enable_thinking) for prompt in _as_list(prompts)]
+        return generate(self.params, self.config, rows, sampling, self.tokenizer, on_text)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a Hugging Face folder that `load` and transformers read."""
+        from zaya_jax.loading import save
+
+        save(self.params, self.config, path, self.tokenizer)
+
+    def _encode(self, prompt: Prompt, enable_thinking: bool) -> Sequence[int]:
+        conversation = not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], dict)
+        if not isinstance(prompt, str) and not conversation:
+            return prompt  # type: ignore[return-value]
+        if self.tokenizer is None:
+            raise InputError("this checkpoint has no tokenizer: give prompts as token ids")
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        return self.tokenizer.encode_chat(prompt, enable_thinking=enable_thinking)  # type: ignore[arg-type]
+
+
+@partial(jax.jit, static_argnums=1)
+def _logits(params, config, tokens, lengths, segment_ids):
+    out = forward(params, config, tokens, new_lengths=lengths, segment_ids=segment_ids)
+    return head(params, config, out.hidden)
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    """One prompt or several, as several: a string, a row of ids and a conversation are one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    prompts = list(prompts)
+    one = bool(prompts) and isinstance(prompts[0], (int, np.integer, dict))
+    return [prompts] if one else prompts
+
+
+def _integers(name: str, values: Any) -> np.ndarray:
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        array = np.empty(0, object)
+    if array.dtype.kind not in "iu":
+        raise InputError(f"{name} must be an array of integers (pad rows of different lengths)")
+    return array.astype(np.int32)
+
+
+def _lengths(lengths: Any, shape: tuple[int, ...]) -> np.ndarray:
+    lengths = _integers("lengths", lengths)
+    if lengths.shape != shape[:1] or lengths.min() < 0 or lengths.max() > shape[1]:
+        raise InputError(f"lengths must be {shape[0]} numbers in 0 .. {shape[1]}")
+    return lengths
+
+
+def _segments(segment_ids: Any, shape: tuple[int, ...]) -> np.ndarray:
+    ids = _integers("segment_ids", segment_ids)
+    if ids.shape != shape or ids.min() < 0:
+        raise InputError(f"segment_ids must be non-negative and {list(shape)}, like tokens")
+    for number, row in enumerate(ids):
+        runs = row[np.flatnonzero(np.diff(row, prepend=-1))]
+        runs = runs[runs != 0]
+        if len(runs) != len(set(runs.tolist())):
+            raise InputError(f"segment_ids: row {number} uses an id for two separate segments")
+    return ids
