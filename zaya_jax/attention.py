@@ -110,6 +110,9 @@ class Attention(nn.Module):
         out = attention.attention(q, k, v, tokens.offsets, tokens.segment_ids, window)
         return self.o_proj(out.reshape(*out.shape[:2], -1)), state
 
-    def initial_carry(self, batch: int) -> cca_mix.Carry:
-        """What a row carries before its first token."""
-        return cca_mix.initial_carry(self.qkv_proj.mixing(self.qk_norm()), batch)
+    def initial_state(self, batch: int, capacity: int) -> LayerState:
+        """The state before a first token."""
+        weights = self.qkv_proj.mixing(self.qk_norm())
+        shape = (batch, self.config.num_key_value_heads, capacity, self.config.head_dim)
+        k, v = (jnp.zeros(shape, weights.grouped.dtype) for _ in "kv")
+        return LayerState(k, v, *cca_mix.initial_carry(weights, batch))

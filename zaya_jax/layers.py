@@ -12,9 +12,12 @@ INIT = nn.initializers.normal(0.02)
 
 
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """x [..., in] times weight [out, in], accumulated in float32: float32 [..., out]."""
+    """x [..., in], rounded to the weight's dtype, times weight [out, in]: float32 [..., out]."""
     out = jax.lax.dot_general(
-        x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        x.astype(weight.dtype),
+        weight,
+        (((x.ndim - 1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
     )
     return out if bias is None else out + bias.astype(jnp.float32)
 
@@ -32,11 +35,11 @@ class Linear(nn.Module):
         bias = (
             self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         )
-        return linear(x, weight, bias).astype(weight.dtype)
+        return linear(x, weight, bias)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation of the last axis, in the weight's dtype."""
+    """Root-mean-square normalisation of the last axis; the result is float32."""
 
     eps: float
 

@@ -89,18 +89,19 @@ class Ends(nn.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         weight, _ = self.embed_tokens()
-        h = (weight[tokens] + self.input_hidden_states_bias) * self.input_hidden_states_scale
-        return h.astype(jnp.float32)
+        scale, bias = self.input_hidden_states_scale, self.input_hidden_states_bias
+        h = weight[tokens].astype(jnp.float32) + bias.astype(jnp.float32)
+        return h * scale.astype(jnp.float32)
 
     def final_norm(self, h: jax.Array) -> jax.Array:
-        return self.norm(h).astype(jnp.float32)
+        return self.norm(h)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         weight, bias = self.embed_tokens()
         if not self.config.tie_word_embeddings or self.config.lm_head_bias:
             own, bias = self.lm_head()
             weight = weight if own is None else own
-        return linear(hidden.astype(weight.dtype), weight, bias)
+        return linear(hidden, weight, bias)
 
 
 class Table(nn.Module):
@@ -160,13 +161,12 @@ def parameter_counts(config: ZayaConfig) -> tuple[int, int]:
 
 def init_state(params: Params, config: ZayaConfig, batch: int, capacity: int) -> DecodeState:
     """The state before a first token, with room for `capacity` tokens in each of `batch` rows."""
-    layers = []
-    for layer in _unstacked(params["params"]["layers"]):
-        attention = {"params": layer["self_attn"]}
-        carry = Attention(config).apply(attention, batch, method="initial_carry")
-        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-        empty = jnp.zeros(shape, carry.delayed_value.dtype)
-        layers.append(LayerState(empty, jnp.copy(empty), *carry))
+    layers = [
+        Attention(config).apply(
+            {"params": layer["self_attn"]}, batch, capacity, method="initial_state"
+        )
+        for layer in _unstacked(params["params"]["layers"])
+    ]
     return DecodeState.from_layers(layers, jnp.zeros(batch, jnp.int32))
 
 

@@ -67,7 +67,8 @@ class Router(nn.Module):
         self, x: jax.Array, previous: jax.Array | None, forced: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         width, classes = self.config.router_hidden_size, self.config.num_experts + 1
-        states = linear(x, *Affine(width, x.shape[-1], name="down_proj")())
+        weight, bias = Affine(width, x.shape[-1], name="down_proj")()
+        states = linear(x, weight.astype(jnp.float32), bias)
         depth_scale = None
         if not self.first:
             depth_scale = self.param("router_states_scale", nn.initializers.ones, (width,))
@@ -90,7 +91,13 @@ class Experts(nn.Module):
         size = x.shape[-1]
         gate_up = self.param("gate_up_proj", INIT, (experts, 2 * hidden, size))
         down = self.param("down_proj", INIT, (experts, size, hidden))
-        out = moe.moe(x.reshape(-1, size), expert.reshape(-1), weight.reshape(-1), gate_up, down)
+        out = moe.moe(
+            x.reshape(-1, size).astype(gate_up.dtype),
+            expert.reshape(-1),
+            weight.reshape(-1),
+            gate_up,
+            down,
+        )
         return out.reshape(x.shape)
 
 

@@ -15,7 +15,7 @@ class LayerState(NamedTuple):
     """One layer's part of a `DecodeState`; B rows, N key/value heads of d channels, room for C
     tokens.
 
-    The tail and the delayed value are kept in the parameters' dtype, in which they were computed.
+    Keys and values have the parameters' dtype, the tail and the delayed value are float32.
     """
 
     k: jax.Array  # [B, N, C, d]
@@ -45,8 +45,8 @@ class LayerState(NamedTuple):
         return LayerState(
             write(self.k, k),
             write(self.v, v),
-            conv_tail.astype(self.conv_tail.dtype),
-            delayed_value.astype(self.delayed_value.dtype),
+            conv_tail,
+            delayed_value,
         )
 
 

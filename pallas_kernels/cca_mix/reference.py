@@ -28,7 +28,7 @@ class Weights(NamedTuple):
 
 class Carry(NamedTuple):
     """What decoding carries from the tokens before: the last T columns of u and the last delayed
-    value."""
+    value, in float32."""
 
     conv_tail: jax.Array  # [B, T, C]
     delayed_value: jax.Array  # [B, N d / 2]
@@ -38,7 +38,7 @@ def initial_carry(weights: Weights, batch: int) -> Carry:
     """The carry before a first token: zero columns of u, and the delayed value of a zero hidden
     state."""
     channels, _, k0 = weights.depthwise.shape
-    tail = jnp.zeros((batch, k0 + weights.grouped.shape[-1] - 2, channels), weights.depthwise.dtype)
+    tail = jnp.zeros((batch, k0 + weights.grouped.shape[-1] - 2, channels))
     return Carry(
         tail, jnp.broadcast_to(weights.initial_value, (batch, *weights.initial_value.shape))
     )
@@ -59,10 +59,10 @@ def cca_mix(
     """From projections to attention-ready queries, keys and values.
 
     Args:
-      q, k: [B, S, H d] and [B, S, N d], projections before the convolutions.
-      current, delayed: [B, S, N d / 2], value projections of the token itself, and used one token
-        later.
-      weights: the layer's parameters.
+      q, k: float32 [B, S, H d] and [B, S, N d], projections before the convolutions.
+      current, delayed: float32 [B, S, N d / 2], value projections of the token itself, and used one
+        token later.
+      weights: the layer's parameters; their dtype sets that of the results, and QK-norm's epsilon.
       carry: state from the tokens before this chunk.
       new_lengths: int [B], real tokens of each right-padded row; the new carry is taken at each
         row's last one.
@@ -71,7 +71,7 @@ def cca_mix(
       cos, sin: float32 [B, S, r/2], rotary table; the first r channels of a head are rotated.
 
     Returns:
-      q [B, S, H, d], k and v [B, S, N, d] in the dtype of the projections, and the new carry.
+      q [B, S, H, d], k and v [B, S, N, d] in the dtype of the weights, and the new carry.
     """
     batch, length, _ = q.shape
     kv_heads = weights.temperature.shape[0]
@@ -83,14 +83,16 @@ def cca_mix(
     mixed = mixed.reshape(batch, length, -1, head_dim)
     heads = mixed.shape[2] - kv_heads
     temperature = weights.temperature.astype(jnp.float32)[:, None]
-    eps = float(jnp.finfo(q.dtype).eps)
+    eps = float(jnp.finfo(weights.grouped.dtype).eps)
     mixed_q = rotate(unit_norm(mixed[:, :, :heads] + mean_q, eps), cos, sin)
     mixed_k = rotate(unit_norm(mixed[:, :, heads:] + mean_k, eps) * temperature, cos, sin)
     v, delayed_value = shift_values(
         current, delayed, carry.delayed_value, weights.initial_value, age, new_lengths
     )
     v = v.reshape(batch, length, kv_heads, head_dim)
-    return mixed_q.astype(q.dtype), mixed_k.astype(q.dtype), v, Carry(conv_tail, delayed_value)
+    dtype = weights.grouped.dtype
+    carry = Carry(conv_tail, delayed_value)
+    return mixed_q.astype(dtype), mixed_k.astype(dtype), v.astype(dtype), carry
 
 
 def qk_mean(
@@ -98,8 +100,8 @@ def qk_mean(
 ) -> tuple[jax.Array, jax.Array]:
     """Averages each query with its group's key, and those averages over the group; float32 [B, S,
     H|N, d]."""
-    q = q.astype(jnp.float32).reshape(*q.shape[:2], kv_heads, -1, head_dim)
-    k = k.astype(jnp.float32).reshape(*k.shape[:2], kv_heads, 1, head_dim)
+    q = q.reshape(*q.shape[:2], kv_heads, -1, head_dim)
+    k = k.reshape(*k.shape[:2], kv_heads, 1, head_dim)
     mean_q = (q + k) / 2
     return mean_q.reshape(*q.shape[:2], -1, head_dim), jnp.mean(mean_q, axis=3)
 
@@ -115,7 +117,7 @@ def convolve(
     """
     batch, length, channels = u.shape
     k0, k1 = weights.depthwise.shape[-1], weights.grouped.shape[-1]
-    history = jnp.concatenate([tail.astype(u.dtype), u], axis=1)
+    history = jnp.concatenate([tail, u], axis=1)
     new_tail = take_columns(history, new_lengths, k0 + k1 - 2)
 
     # Depthwise output at positions -(k1 - 1) .. S - 1; those before the first token come from the
@@ -128,18 +130,18 @@ def convolve(
     )
     depthwise = bias
     for tap in range(k0):
-        column = history[:, tap : tap + span].astype(jnp.float32)
+        column = history[:, tap : tap + span]
         depthwise = depthwise + taps[:, tap] * _since_start(column, padded_age, k0 - 1 - tap, 0.0)
 
     head_dim = weights.grouped.shape[1]
-    grouped = weights.grouped.reshape(channels // head_dim, head_dim, head_dim, k1)
+    grouped = weights.grouped.astype(jnp.float32).reshape(
+        channels // head_dim, head_dim, head_dim, k1
+    )
     mixed = weights.grouped_bias.astype(jnp.float32)
     for tap in range(k1):
         column = _since_start(depthwise[:, tap : tap + length], age, k1 - 1 - tap, bias)
-        column = column.astype(u.dtype).reshape(batch, length, -1, head_dim)
-        product = jnp.einsum(
-            "bsgi,goi->bsgo", column, grouped[..., tap], preferred_element_type=jnp.float32
-        )
+        column = column.reshape(batch, length, -1, head_dim)
+        product = jnp.einsum("bsgi,goi->bsgo", column, grouped[..., tap])
         mixed = mixed + product.reshape(batch, length, channels)
     return mixed, new_tail
 
@@ -184,8 +186,8 @@ def shift_values(
       [B, S, C], and the column to carry into the next chunk, [B, C/2] (unchanged where a row has no
       new token).
     """
-    history = jnp.concatenate([carried[:, None].astype(delayed.dtype), delayed], axis=1)
-    shifted = _since_start(history[:, :-1], age, 1, initial.astype(delayed.dtype))
+    history = jnp.concatenate([carried[:, None], delayed], axis=1)
+    shifted = _since_start(history[:, :-1], age, 1, initial)
     column = take_columns(history, new_lengths, 1)[:, 0]
     return jnp.concatenate([current, shifted], axis=-1), column
 
