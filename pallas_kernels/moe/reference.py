@@ -58,7 +58,9 @@ def moe(
 
     def step(total: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
         needed = number * capacity < jnp.max(counts[:experts])
-        return jax.lax.cond(needed, lambda t: t + one_round(number), lambda t: t, total), None
+        # Recomputed in the backward pass: saved values of rounds that rarely run would fill memory.
+        run = jax.checkpoint(lambda t: t + one_round(number))
+        return jax.lax.cond(needed, run, lambda t: t, total), None
 
     zeros = jnp.zeros((tokens, down.shape[1]), jnp.float32)
     out, _ = jax.lax.scan(step, zeros, jnp.arange(-(-tokens // capacity)))
