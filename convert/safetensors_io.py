@@ -5,6 +5,7 @@ weights; reading a tensor straight into its final buffer keeps the peak at the w
 and lets a damaged file be named exactly.
 """
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -142,7 +143,7 @@ def _overlaps(tensors: list[Tensor]) -> list[str]:
     spans = sorted(tensors, key=lambda tensor: tensor.offset)
     return [
         f"tensors {a.name!r} and {b.name!r} overlap in {a.file.name}"
-        for a, b in zip(spans, spans[1:], strict=False)
+        for a, b in itertools.pairwise(spans)
         if a.offset + math.prod(a.shape) * a.dtype.itemsize > b.offset
     ]
 

@@ -3,15 +3,18 @@
 from collections.abc import Callable, Mapping
 
 
-def select[F: Callable](op: str, implementation: str | None, available: Mapping[str, F]) -> F:
-    """The implementation of `op` called `implementation`; None picks the default of this platform.
+def default_implementation() -> str:
+    """What runs where the caller names nothing: so far the XLA reference, on every platform."""
+    return "xla"
 
-    Only the XLA reference exists so far, so it is the default everywhere.
+
+def select[F: Callable](op: str, implementation: str | None, available: Mapping[str, F]) -> F:
+    """The implementation of `op` of that name; None picks the default.
 
     Raises:
       ValueError: no implementation of that name.
     """
-    name = implementation or "xla"
+    name = implementation or default_implementation()
     if name not in available:
         raise ValueError(f"{op} has no implementation {name!r}: one of {', '.join(available)}")
     return available[name]

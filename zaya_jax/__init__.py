@@ -2,6 +2,7 @@
 
 from zaya_jax.config import PRESETS, Rope, ZayaConfig
 from zaya_jax.errors import CheckpointError, ConfigError, InputError, ZayaError
+from zaya_jax.generation.batching import from_left_padded
 from zaya_jax.generation.generate import Generation
 from zaya_jax.loading import load
 from zaya_jax.model import Output, forward, head, init, init_state
@@ -22,6 +23,7 @@ __all__ = [
     "ZayaConfig",
     "ZayaError",
     "forward",
+    "from_left_padded",
     "head",
     "init",
     "init_state",

@@ -283,7 +283,8 @@ def _check_values(config: ZayaConfig) -> None:
     )
     require(
         len(config.layer_types) == config.num_hidden_layers,
-        f"layer_types names {len(config.layer_types)} layers, num_hidden_layers is {config.num_hidden_layers}",
+        f"layer_types names {len(config.layer_types)} layers, "
+        f"num_hidden_layers is {config.num_hidden_layers}",
     )
     for layer_type in config.layer_types:
         require(
@@ -355,7 +356,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # The embedded model; its vocabulary is the tokenizer in zaya_jax/nano.
     "nano": dict(
-        vocab_size=512,
+        vocab_size=320,
         hidden_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,

@@ -1,9 +1,11 @@
 """One door to every checkpoint: `load` and `save`."""
 
 import json
+import math
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,11 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
 def load(
-    path_or_hub_id: str | os.PathLike[str] = NANO, dtype: Any = None, mesh: Mesh | None = None
+    path_or_hub_id: str | os.PathLike[str] = NANO,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Zaya:
     """Loads a checkpoint in the current Hugging Face layout; without a path, the embedded nano
     model.
@@ -41,21 +47,28 @@ def load(
       dtype: of the parameters, float32, bfloat16 or float16; by default that of the file. Balancing
         biases are float32.
       mesh: spreads the experts over its `expert` axis and replicates the rest.
+      on_progress: called with the parameters read so far and their number.
 
     Raises:
       CheckpointError: listing everything that is missing, unknown, misshapen, duplicate or damaged.
       ConfigError: naming the field of config.json at fault.
     """
-    folder = _folder(path_or_hub_id)
+    folder = _folder(path_or_hub_id, _HUB_FILES)
     dtype = None if dtype is None else _dtype(dtype)
-    try:
-        config = ZayaConfig.from_hf(read_json(folder / "config.json"))
-    except ConfigError as error:
-        raise ConfigError(f"{folder / 'config.json'}: {error}") from None
+    config = read_config(folder)
     if mesh is not None:
         check_mesh(config, mesh)
-    params = _read(folder, config, dtype, mesh)
-    return Zaya(params, config, Tokenizer.from_folder(folder, config))
+    tokenizer = Tokenizer.from_folder(folder, config)
+    return Zaya(_read(folder, config, dtype, mesh, on_progress), config, tokenizer)
+
+
+def read_config(path_or_hub_id: str | os.PathLike[str]) -> ZayaConfig:
+    """The configuration of a checkpoint, without its weights. Raises as `load` does."""
+    file = _folder(path_or_hub_id, ["config.json"]) / "config.json"
+    try:
+        return ZayaConfig.from_hf(read_json(file))
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
 
 
 def save(
@@ -117,7 +130,7 @@ def _write(tensors: dict[str, np.ndarray], folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
+def _folder(path_or_hub_id: str | os.PathLike[str], hub_files: list[str]) -> Path:
     path = Path(path_or_hub_id)
     if path.is_dir():
         return path
@@ -129,7 +142,7 @@ def _folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=hub_files))
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
@@ -147,7 +160,13 @@ def _dtype(dtype: Any) -> np.dtype:
     return kind
 
 
-def _read(folder: Path, config: ZayaConfig, dtype: np.dtype | None, mesh: Mesh | None) -> Params:
+def _read(
+    folder: Path,
+    config: ZayaConfig,
+    dtype: np.dtype | None,
+    mesh: Mesh | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> Params:
     found, problems = read_folder(folder)
     table = mapping(config)
     embedding, head = found.get("model.embed_tokens.weight"), found.get("lm_head.weight")
@@ -171,10 +190,14 @@ def _read(folder: Path, config: ZayaConfig, dtype: np.dtype | None, mesh: Mesh |
         raise CheckpointError(f"{folder}: {len(problems)} problems: " + "; ".join(problems))
 
     tree: Any = {}
+    done, total = 0, sum(math.prod(shape) for shape in expected.values())
     for path, entry in table.items():
         array = found[entry.name].read(np.float32 if entry.always_float32 else dtype)
         placement = None if mesh is None else parameter_sharding(path, mesh)
         _insert(tree, path.split("/"), jax.device_put(array, placement, may_alias=True))
+        done += math.prod(entry.shape)
+        if on_progress is not None:
+            on_progress(done, total)
     for collection in tree.values():
         collection["layers"] = tuple(collection["layers"].values())
     return tree

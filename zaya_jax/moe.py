@@ -10,7 +10,8 @@ from pallas_kernels.router import api as router
 from zaya_jax.config import ZayaConfig
 from zaya_jax.layers import INIT, linear
 
-BALANCING = "balancing"  # the collection of the balancing biases, which gradients and the optimizer never see
+# The collection of the balancing biases, which gradients and the optimizer never see.
+BALANCING = "balancing"
 
 
 class Affine(nn.Module):

@@ -38,10 +38,12 @@ def attention(
     block = _query_block(length, batch * heads * keys)
 
     def attend(start: jax.Array | int, queries: jax.Array) -> jax.Array:
-        """Queries [B, N, g, block, d], the first of them number `start`, to outputs of that shape."""
+        """Queries [B, N, g, block, d], the first of them number `start`, to outputs of that
+        shape."""
         size = queries.shape[3]
         visible = _visible(start + jnp.arange(size), offsets, keys, segment_ids, window)
-        # Group and block as one axis: XLA's CPU backend has no bfloat16 product for the five-axis form.
+        # Group and block as one axis: XLA's CPU backend has no bfloat16 product for the five-axis
+        # form.
         queries = queries.reshape(batch, kv_heads, groups * size, head_dim)
         scores = jnp.einsum("bnsd,bncd->bnsc", queries, k, preferred_element_type=jnp.float32)
         scores = scores.reshape(batch, kv_heads, groups, size, keys) * head_dim**-0.5

@@ -30,7 +30,8 @@ def check_tokens(rows: Sequence[Sequence[int]], config: ZayaConfig) -> list[list
         outside = array[(array < 0) | (array >= config.vocab_size)]
         if outside.size:
             raise InputError(
-                f"prompt {number} has token {outside[0]}, outside the vocabulary of {config.vocab_size}"
+                f"prompt {number} has token {outside[0]}, "
+                f"outside the vocabulary of {config.vocab_size}"
             )
         if array.size >= config.max_position_embeddings:
             raise InputError(

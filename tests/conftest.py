@@ -1,0 +1,20 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS), str(TESTS / "oracle")]
+
+ORACLE = TESTS.parent / ".venv-oracle" / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def oracle(tmp_path_factory) -> Path:
+    """What PyTorch computes for every case, made once a session by the reference environment."""
+    if not ORACLE.exists():
+        pytest.skip("the PyTorch reference environment is not built (make oracle)")
+    folder = tmp_path_factory.mktemp("oracle")
+    subprocess.run([ORACLE, TESTS / "oracle" / "reference.py", folder], check=True)
+    return folder

@@ -1,0 +1,10 @@
+"""`zaya demo`."""
+
+import dataclasses
+
+
+@dataclasses.dataclass
+class Demo:
+    """Placeholder until evaluation lands."""
+
+    def run(self): ...

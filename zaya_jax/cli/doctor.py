@@ -1,0 +1,66 @@
+"""`zaya doctor`: what this installation would run, and on what."""
+
+import dataclasses
+import os
+import pkgutil
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import pallas_kernels
+from pallas_kernels.selection import default_implementation
+from zaya_jax.cli.output import console, show, write_json
+
+PACKAGES = ("zaya-jax", "jax", "jaxlib", "jax-rocm7-plugin", "jax-rocm7-pjrt", "flax", "optax")
+VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "HSA_NO_SCRATCH_RECLAIM")
+
+
+@dataclasses.dataclass
+class Doctor:
+    """Show versions, devices, selected kernels and flags of this installation."""
+
+    json: Path | None = None
+    """Also write the tables to this file."""
+
+    def run(self) -> None:
+        devices = jax.devices()
+        tables: dict[str, dict[str, Any]] = {
+            "versions": {"python": platform.python_version(), **_versions()},
+            "devices": {f"{device.platform} {device.id}": device.device_kind for device in devices},
+            "kernels": dict.fromkeys(_ops(), default_implementation()),
+            "flags": {name: os.environ.get(name, "not set") for name in VARIABLES},
+        }
+        for title, values in tables.items():
+            show(title.capitalize(), values)
+        warning = fallback_warning(tables["versions"], jax.default_backend())
+        if warning is not None:
+            console.print(warning, style="bold white on red", highlight=False)
+        write_json(self.json, {**tables, "warning": warning})
+
+
+def fallback_warning(versions: dict[str, str], backend: str) -> str | None:
+    """What to shout where a ROCm installation runs on the CPU: JAX itself only logs it."""
+    rocm = any(versions[name] != "not installed" for name in versions if "rocm" in name)
+    if not rocm or backend in ("rocm", "gpu"):
+        return None
+    return (
+        "WARNING: the ROCm plugin is installed, but JAX found no AMD GPU and runs on the CPU. "
+        "Check `rocminfo`, access to /dev/kfd and /dev/dri, and that ROCm 7 is installed."
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _ops() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(pallas_kernels.__path__) if module.ispkg]

@@ -1,0 +1,103 @@
+"""`zaya generate`: answers questions, streaming."""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from zaya_jax.cli.output import console, load_model, messages, working, write_json
+from zaya_jax.errors import InputError
+from zaya_jax.generation.generate import Generation
+from zaya_jax.zaya import Zaya
+
+
+@dataclasses.dataclass
+class Generate:
+    """Answer questions with a model (by default the embedded one)."""
+
+    prompts: tyro.conf.Positional[tuple[str, ...]]
+    """Questions; several are answered together. "-" reads one from standard input."""
+    model: str | None = None
+    """Checkpoint folder or Hugging Face hub id."""
+    raw: bool = False
+    """Continue the text as it stands instead of answering it as a chat message."""
+    no_thinking: bool = False
+    """Ask for an answer without reasoning."""
+    max_new_tokens: int = 512
+    """Longest answer, reasoning included."""
+    temperature: float = 1.0
+    """0 takes the most probable token."""
+    top_p: float = 0.95
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the parameters; by default that of the checkpoint."""
+    json: Path | None = None
+    """Also write answers, tokens and log-probabilities to this file."""
+
+    def run(self) -> None:
+        prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in self.prompts]
+        if not prompts:
+            raise InputError('give a prompt, as in: zaya generate "What is 12 + 34?"')
+        model = load_model(self.model, self.dtype)
+        start = time.perf_counter()
+        results = self._answer(model, prompts)
+        seconds = time.perf_counter() - start
+        tokens = sum(len(result.tokens) for result in results)
+        messages.print(
+            f"{tokens} tokens in {seconds:.1f} s, compilation included "
+            f"({tokens / seconds:.1f} tokens/s)",
+            style="dim",
+            highlight=False,
+        )
+        rows = [_as_json(prompt, result) for prompt, result in zip(prompts, results, strict=True)]
+        write_json(self.json, rows)
+
+    def _answer(self, model: Zaya, prompts: list[str]) -> list[Generation]:
+        asked = prompts if self.raw else [[{"role": "user", "content": text}] for text in prompts]
+        one = len(prompts) == 1
+        with working("Generating"):
+            results = model.generate(
+                asked,
+                self.max_new_tokens,
+                self.temperature,
+                self.top_p,
+                self.top_k,
+                self.min_p,
+                self.seed,
+                self.stop,
+                enable_thinking=not self.no_thinking,
+                on_text=_print_piece if one else None,
+            )
+        if one:
+            console.print()
+        else:
+            for prompt, result in zip(prompts, results, strict=True):
+                console.rule(prompt.strip().partition("\n")[0], align="left")
+                console.print(result.text, markup=False, highlight=False)
+        return results
+
+
+def _print_piece(_: int, piece: str) -> None:
+    console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+    console.file.flush()
+
+
+def _as_json(prompt: str, result: Generation) -> dict[str, object]:
+    return {
+        "prompt": prompt,
+        "text": result.text,
+        "thinking": result.answer.thinking,
+        "answer": result.answer.text,
+        "tokens": result.tokens,
+        "logprobs": result.logprobs,
+        "sampled_logprobs": result.sampled_logprobs,
+        "experts": result.experts.tolist(),
+        "finish_reason": result.finish_reason,
+    }

@@ -1,0 +1,44 @@
+"""`zaya`: the command line. Errors are one line on stderr and exit code 2."""
+
+import sys
+from typing import Annotated
+
+import tyro
+
+from zaya_jax.cli.demo import Demo
+from zaya_jax.cli.doctor import Doctor
+from zaya_jax.cli.generate import Generate
+from zaya_jax.cli.info import Info
+from zaya_jax.cli.output import fail
+from zaya_jax.errors import ZayaError
+
+Command = (
+    Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Info, tyro.conf.subcommand("info")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command."""
+    command = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        prog="zaya",
+        description="ZAYA1 in JAX: generate text, inspect models and this machine.",
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+    try:
+        command.run()
+    except ZayaError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output is gone
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What commands share: tables, JSON files, progress, and one clear line for every error."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
+
+from zaya_jax.errors import ZayaError
+from zaya_jax.loading import NANO, load
+from zaya_jax.zaya import Zaya
+
+console = Console()
+messages = Console(stderr=True)
+
+
+def fail(message: str) -> None:
+    """Prints an error as one line and ends the program with exit code 2."""
+    messages.print(f"zaya: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
+def show(title: str, values: Mapping[str, Any]) -> None:
+    """A two-column table."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in values.items():
+        table.add_row(name, str(value))
+    console.print(table)
+
+
+def write_json(file: Path | None, values: Any) -> None:
+    """Writes what a command printed, where the user asked for it."""
+    if file is None:
+        return
+    try:
+        file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ZayaError(f"{file}: cannot be written ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def working(message: str) -> Iterator[None]:
+    """Shows that something is going on: a spinner on a terminal, a plain line elsewhere."""
+    if messages.is_terminal:
+        with messages.status(message):
+            yield
+    else:
+        messages.print(f"{message} ...", markup=False, highlight=False)
+        yield
+
+
+def load_model(path: str | None, dtype: str | None = None) -> Zaya:
+    """Loads a checkpoint with a progress bar; without a path, the embedded model."""
+    source = NANO if path is None else path
+    if not messages.is_terminal:
+        with working(f"Loading {'the embedded nano model' if path is None else path}"):
+            return load(source, dtype)
+    columns = (TextColumn("Loading"), BarColumn(), TaskProgressColumn())
+    with Progress(*columns, console=messages, transient=True) as progress:
+        task = progress.add_task("load", total=None)
+
+        def update(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        return load(source, dtype, on_progress=update)
