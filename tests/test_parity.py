@@ -62,9 +62,7 @@ def test_cached_decoding_equals_the_full_forward(oracle, name):
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     ids, prompt = reference["ids"][:2], lengths - 64
     state = init_state(model.params, model.config, 2, capacity=640)
-    out = run(
-        model.params, model.config, ids[:, : prompt.max()], new_lengths=prompt, state=state
-    )
+    out = run(model.params, model.config, ids[:, : prompt.max()], new_lengths=prompt, state=state)
     for step in range(64):
         token = np.take_along_axis(ids, (prompt + step)[:, None], axis=1)
         out = run(model.params, model.config, token, state=out.state)

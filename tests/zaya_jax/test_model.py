@@ -67,7 +67,9 @@ def test_any_split_into_right_padded_chunks_equals_the_whole(name, cuts):
 @BOTH
 def test_a_row_without_new_tokens_keeps_its_state(name):
     params, config = PARAMS[name], CONFIGS[name]
-    state = run(params, config, random_tokens(3, 2, 9), state=init_state(params, config, 2, 16)).state
+    state = run(
+        params, config, random_tokens(3, 2, 9), state=init_state(params, config, 2, 16)
+    ).state
     out = run(params, config, random_tokens(4, 2, 3), new_lengths=np.array([0, 3]), state=state)
     chex.assert_trees_all_equal(out.state.select([0]), state.select([0]))
 
@@ -96,13 +98,16 @@ def test_packed_segments_equal_the_segments_alone(name, data):
         padded = np.pad(part, (0, 12 - len(part)))[None]
         alone = run(params, config, padded, new_lengths=np.array([len(part)]))
         got = np.asarray(packed.hidden)[0, start : start + len(part)]
-        assert np.abs(got - np.asarray(alone.hidden)[0, : len(part)]).max() <= 2e-5 * np.asarray(
-            alone.hidden
-        ).std()
+        assert (
+            np.abs(got - np.asarray(alone.hidden)[0, : len(part)]).max()
+            <= 2e-5 * np.asarray(alone.hidden).std()
+        )
         np.testing.assert_array_equal(
             packed.experts[0, start : start + len(part)], alone.experts[0, : len(part)]
         )
-    assert int(packed.expert_counts.sum()) == config.num_hidden_layers * sum(len(p) for _, p in parts)
+    assert int(packed.expert_counts.sum()) == config.num_hidden_layers * sum(
+        len(p) for _, p in parts
+    )
 
 
 @BOTH
