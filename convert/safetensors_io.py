@@ -8,6 +8,7 @@ and lets a damaged file be named exactly.
 import itertools
 import json
 import math
+import operator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,8 +120,8 @@ def read_header(file: Path) -> tuple[list[Tensor], list[str]]:
     start, tensors = 8 + length, []
     for name, entry in header.items():
         try:
-            kind, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-            begin, end = (int(n) for n in entry["data_offsets"])
+            kind, shape = entry["dtype"], tuple(operator.index(n) for n in entry["shape"])
+            begin, end = (operator.index(n) for n in entry["data_offsets"])
         except (TypeError, KeyError, ValueError):
             raise CheckpointError(f"{file}: damaged header entry for tensor {name!r}") from None
         if kind not in DTYPES:

@@ -28,7 +28,9 @@ def operands(tokens: int, routing: str):
         "none": np.full(tokens, E),
         "with skip and padding": rng.choice([0, 3, E, 255], tokens),
     }[routing]
-    draws = [0.4 * rng.standard_normal(s) for s in ((tokens, D), (tokens,), (E, 2 * F, D), (E, D, F))]
+    draws = [
+        0.4 * rng.standard_normal(s) for s in ((tokens, D), (tokens,), (E, 2 * F, D), (E, D, F))
+    ]
     x, weight, gate_up, down = (jnp.asarray(a, jnp.float32) for a in draws)
     return x, jnp.asarray(expert, jnp.int32), weight, gate_up, down
 

@@ -18,7 +18,7 @@ def draw(*shape):
     return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
 
 
-WEIGHTS = Weights(draw(R), draw(R), draw(R, R), draw(R), draw(R, R), draw(R), draw(E + 1, R))
+WEIGHTS = Weights(draw(R), draw(R), draw(R, R), draw(R), draw(R, R), draw(R), 0.3 * draw(E + 1, R))
 
 
 def test_rms_norm_and_residual_scaling():
@@ -31,7 +31,7 @@ def test_rms_norm_and_residual_scaling():
 
 
 def test_route_follows_the_equations():
-    states, previous, biases = draw(20, R), draw(20, R), draw(E + 1) * 0.3
+    states, previous = draw(40, R), draw(40, R)
 
     def gelu(x):
         return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
@@ -42,11 +42,12 @@ def test_route_follows_the_equations():
     x = gelu(gelu(x @ w.fc1.T + w.fc1_bias) @ w.fc2.T + w.fc2_bias) @ w.out.T
     p = np.exp(x - x.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
+    biases = jnp.asarray(-p.mean(0), jnp.float32)  # spreads the choices
     chosen = (p + biases).argmax(-1)
     state, expert, weight = route(states, previous, WEIGHTS, biases, 1e-5)
     assert_close(state, r, 1e-6)
     np.testing.assert_array_equal(expert, chosen)
-    assert_close(weight, p[np.arange(20), chosen], 1e-5)
+    assert_close(weight, p[np.arange(40), chosen], 1e-5)
     assert len(set(chosen.tolist())) == E + 1
 
 
