@@ -66,7 +66,7 @@ class Projections(nn.Module):
         self.conv_qk_depthwise = Convolution(c.conv_channels, 1, c.cca_time0)
         self.conv_qk_grouped = Convolution(c.conv_channels, c.head_dim, c.cca_time1)
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         return self.q_proj(x), self.k_proj(x), self.v_proj_current(x), self.v_proj_delayed(x)
 
     def mixing(self, temperature: jax.Array) -> cca_mix.Weights:
@@ -100,8 +100,9 @@ class Attention(nn.Module):
         carry = cca_mix.initial_carry(weights, x.shape[0])
         if state is not None:
             carry = cca_mix.Carry(state.conv_tail, state.delayed_value)
+        q, k, current, delayed = self.qkv_proj(x)
         q, k, v, carry = cca_mix.cca_mix(
-            *self.qkv_proj(x), weights, carry, tokens.new_lengths, tokens.age, *rotary
+            q, k, current, delayed, weights, carry, tokens.new_lengths, tokens.age, *rotary
         )
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if state is not None:

@@ -120,7 +120,7 @@ def _write(tensors: dict[str, np.ndarray], folder: Path) -> None:
     if len(shards) == 1:
         save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
         return
-    places = {}
+    places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})

@@ -6,7 +6,7 @@ whose leaves follow the Hugging Face names; see `convert.mapping`.
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -70,54 +70,52 @@ class Ends(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embed_tokens = Table(c.vocab_size, c.hidden_size, use_bias=False)
+        self.embed_tokens = Weight((c.vocab_size, c.hidden_size))
         scale, bias = nn.initializers.ones, nn.initializers.zeros
-        self.input_hidden_states_scale = self.param(
-            "input_hidden_states_scale", scale, (c.hidden_size,)
-        )
-        self.input_hidden_states_bias = self.param(
-            "input_hidden_states_bias", bias, (c.hidden_size,)
-        )
+        size = (c.hidden_size,)
+        self.input_hidden_states_scale = self.param("input_hidden_states_scale", scale, size)
+        self.input_hidden_states_bias = self.param("input_hidden_states_bias", bias, size)
         self.norm = RMSNorm(c.rms_norm_eps)
-        if not c.tie_word_embeddings or c.lm_head_bias:
-            self.lm_head = Table(
-                c.vocab_size, c.hidden_size, c.lm_head_bias, use_weight=not c.tie_word_embeddings
-            )
+        self.lm_head = Head(c)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         return self.head(self.norm(self.embed(tokens)))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        weight, _ = self.embed_tokens()
-        scale, bias = self.input_hidden_states_scale, self.input_hidden_states_bias
-        h = weight[tokens].astype(jnp.float32) + bias.astype(jnp.float32)
-        return h * scale.astype(jnp.float32)
+        h = self.embed_tokens()[tokens].astype(jnp.float32)
+        h = h + self.input_hidden_states_bias.astype(jnp.float32)
+        return h * self.input_hidden_states_scale.astype(jnp.float32)
 
     def final_norm(self, h: jax.Array) -> jax.Array:
         return self.norm(h)
 
     def head(self, hidden: jax.Array) -> jax.Array:
-        weight, bias = self.embed_tokens()
-        if not self.config.tie_word_embeddings or self.config.lm_head_bias:
-            own, bias = self.lm_head()
-            weight = weight if own is None else own
-        return linear(hidden, weight, bias)
+        return self.lm_head(hidden, self.embed_tokens())
 
 
-class Table(nn.Module):
-    """Weight [rows, columns] and bias [rows] of an embedding or head, either of which may be
-    absent."""
+class Weight(nn.Module):
+    """A matrix by itself."""
 
-    rows: int
-    columns: int
-    use_bias: bool
-    use_weight: bool = True
+    shape: tuple[int, int]
 
     @nn.compact
-    def __call__(self) -> tuple[jax.Array | None, jax.Array | None]:
-        weight = self.param("weight", INIT, (self.rows, self.columns)) if self.use_weight else None
-        bias = self.param("bias", nn.initializers.zeros, (self.rows,)) if self.use_bias else None
-        return weight, bias
+    def __call__(self) -> jax.Array:
+        return self.param("weight", INIT, self.shape)
+
+
+class Head(nn.Module):
+    """Hidden states to logits, with its own weight or the embedding's, and maybe a bias."""
+
+    config: ZayaConfig
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, embedding: jax.Array) -> jax.Array:
+        weight, bias = embedding, None
+        if not self.config.tie_word_embeddings:
+            weight = self.param("weight", INIT, embedding.shape)
+        if self.config.lm_head_bias:
+            bias = self.param("bias", nn.initializers.zeros, embedding.shape[:1])
+        return linear(hidden, weight, bias)
 
 
 def init(config: ZayaConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
@@ -161,7 +159,7 @@ def parameter_counts(config: ZayaConfig) -> tuple[int, int]:
 
 def init_state(params: Params, config: ZayaConfig, batch: int, capacity: int) -> DecodeState:
     """The state before a first token, with room for `capacity` tokens in each of `batch` rows."""
-    layers = [
+    layers: list[Any] = [
         Attention(config).apply(
             {"params": layer["self_attn"]}, batch, capacity, method="initial_state"
         )
@@ -212,11 +210,10 @@ def forward(
         kind: rotary_table(positions, config.head_dim, config.layer_rope(kind))
         for kind in dict.fromkeys(config.layer_types)
     }
-    ends = {"params": {k: v for k, v in params["params"].items() if k != "layers"}}
-    h = Ends(config).apply(ends, tokens, method="embed")
+    h = _apply_ends(params, config, "embed", tokens)
     run = _run_layers if isinstance(params["params"]["layers"], tuple) else _scan_layers
     h, layers, experts = run(params, config, h, where, rotary, state, forced_experts)
-    hidden = Ends(config).apply(ends, h, method="final_norm")
+    hidden = _apply_ends(params, config, "final_norm", h)
     if state is not None:
         state = DecodeState.from_layers(layers, state.lengths + where.new_lengths)
     classes = jnp.arange(config.num_experts + 1, dtype=experts.dtype)
@@ -226,8 +223,7 @@ def forward(
 
 def head(params: Params, config: ZayaConfig, hidden: jax.Array) -> jax.Array:
     """Logits of hidden states: float32 [..., D] -> float32 [..., V]."""
-    ends = {"params": {k: v for k, v in params["params"].items() if k != "layers"}}
-    return Ends(config).apply(ends, hidden, method="head")
+    return _apply_ends(params, config, "head", hidden)
 
 
 def _place(
@@ -259,7 +255,7 @@ def _run_layers(params, config, h, where, rotary, state, forced):
             "params": params["params"]["layers"][i],
             BALANCING: params[BALANCING]["layers"][i],
         }
-        h, router_state, states[i], experts = Layer(config, first=i == 0).apply(
+        out: Any = Layer(config, first=i == 0).apply(
             variables,
             h,
             router_state,
@@ -269,6 +265,7 @@ def _run_layers(params, config, h, where, rotary, state, forced):
             states[i],
             None if forced is None else forced[..., i],
         )
+        h, router_state, states[i], experts = out
         chosen.append(experts)
     return h, states, jnp.stack(chosen, axis=-1)
 
@@ -287,9 +284,10 @@ def _scan_layers(params, config, h, where, rotary, state, forced):
             pick = partial(jnp.where, kind)
             table = jax.tree.map(pick, rotary[SLIDING], rotary[kinds[1 - kinds.index(SLIDING)]])
             window = jnp.where(kind, config.sliding_window, jnp.iinfo(jnp.int32).max)
-        h, router_state, layer_state, experts = Layer(config).apply(
+        out: Any = Layer(config).apply(
             variables, h, router_state, where, table, window, layer_state, layer_forced
         )
+        h, router_state, layer_state, experts = out
         return (h, router_state), (layer_state, experts)
 
     variables = {"params": params["params"]["layers"], BALANCING: params[BALANCING]["layers"]}
@@ -301,6 +299,11 @@ def _scan_layers(params, config, h, where, rotary, state, forced):
         step, (h, router_state), (variables, sliding, layers, forced)
     )
     return h, None if state is None else _unstacked(layers), jnp.moveaxis(experts, 0, -1)
+
+
+def _apply_ends(params: Params, config: ZayaConfig, method: str, x: jax.Array) -> jax.Array:
+    ends = {name: leaf for name, leaf in params["params"].items() if name != "layers"}
+    return cast(jax.Array, Ends(config).apply({"params": ends}, x, method=method))
 
 
 def _unstacked(layers: Any) -> Any:

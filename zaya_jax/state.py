@@ -67,7 +67,8 @@ class DecodeState(NamedTuple):
 
     @classmethod
     def from_layers(cls, layers: Sequence[LayerState], lengths: jax.Array) -> "DecodeState":
-        return cls(*(tuple(kind) for kind in zip(*layers, strict=True)), lengths)
+        k, v, conv_tail, delayed_value = zip(*layers, strict=True)
+        return cls(k, v, conv_tail, delayed_value, lengths)
 
     def layers(self) -> list[LayerState]:
         kinds = zip(self.k, self.v, self.conv_tail, self.delayed_value, strict=True)

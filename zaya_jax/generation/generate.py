@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -113,7 +113,7 @@ def _prefill(
 
 
 def _request(rows: "list[_Row]", batch: int, config: ZayaConfig, sampling: Sampling) -> Request:
-    def full(value: float, dtype: type) -> jnp.ndarray:
+    def full(value: float, dtype: Any) -> jnp.ndarray:
         return jnp.full(batch, value, dtype)
 
     budgets = [row.budget for row in rows] + [0] * (batch - len(rows))
