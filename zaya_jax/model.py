@@ -126,7 +126,7 @@ def init(config: ZayaConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params
     ends = Ends(config).init(ends_key, tokens)["params"]
     h = jnp.zeros((1, 1, config.hidden_size))
     router_state = jnp.zeros((1, 1, config.router_hidden_size))
-    where = _place(tokens, None, None, None)
+    where = place_tokens(tokens)
     rotary = rotary_table(tokens, config.head_dim, config.rope)
     layers = [
         Layer(config, first=i == 0).init(layer_key, h, router_state, where, rotary)
@@ -202,7 +202,7 @@ def forward(
     """
     if segment_ids is not None and (state is not None or new_lengths is not None):
         raise ValueError("segment_ids cannot be combined with state or new_lengths")
-    where = _place(tokens, segment_ids, new_lengths, state)
+    where = place_tokens(tokens, segment_ids, new_lengths, state)
     if positions is None:
         index = where.offsets[:, None] + jnp.arange(tokens.shape[1])
         positions = index if where.age is None else where.age
@@ -210,10 +210,10 @@ def forward(
         kind: rotary_table(positions, config.head_dim, config.layer_rope(kind))
         for kind in dict.fromkeys(config.layer_types)
     }
-    h = _apply_ends(params, config, "embed", tokens)
+    h = apply_ends(params, config, "embed", tokens)
     run = _run_layers if isinstance(params["params"]["layers"], tuple) else _scan_layers
     h, layers, experts = run(params, config, h, where, rotary, state, forced_experts)
-    hidden = _apply_ends(params, config, "final_norm", h)
+    hidden = apply_ends(params, config, "final_norm", h)
     if state is not None:
         state = DecodeState.from_layers(layers, state.lengths + where.new_lengths)
     classes = jnp.arange(config.num_experts + 1, dtype=experts.dtype)
@@ -223,15 +223,16 @@ def forward(
 
 def head(params: Params, config: ZayaConfig, hidden: jax.Array) -> jax.Array:
     """Logits of hidden states: float32 [..., D] -> float32 [..., V]."""
-    return _apply_ends(params, config, "head", hidden)
+    return apply_ends(params, config, "head", hidden)
 
 
-def _place(
+def place_tokens(
     tokens: jax.Array,
-    segment_ids: jax.Array | None,
-    new_lengths: jax.Array | None,
-    state: DecodeState | None,
+    segment_ids: jax.Array | None = None,
+    new_lengths: jax.Array | None = None,
+    state: DecodeState | None = None,
 ) -> Tokens:
+    """Where the tokens [B, S] of one call stand; the arguments are those of `forward`."""
     batch, length = tokens.shape
     offsets = jnp.zeros(batch, jnp.int32) if state is None else state.lengths
     if segment_ids is not None:
@@ -244,6 +245,12 @@ def _place(
         new_lengths = jnp.full(batch, length, jnp.int32)
     valid = jnp.arange(length) < new_lengths[:, None]
     return Tokens(valid, offsets, new_lengths, None, None)
+
+
+def apply_ends(params: Params, config: ZayaConfig, method: str, x: jax.Array) -> jax.Array:
+    """One of the methods of `Ends`: "embed" [B, S], "final_norm" or "head" [B, S, D]."""
+    ends = {name: leaf for name, leaf in params["params"].items() if name != "layers"}
+    return cast(jax.Array, Ends(config).apply({"params": ends}, x, method=method))
 
 
 def _run_layers(params, config, h, where, rotary, state, forced):
@@ -301,14 +308,9 @@ def _scan_layers(params, config, h, where, rotary, state, forced):
     return h, None if state is None else _unstacked(layers), jnp.moveaxis(experts, 0, -1)
 
 
-def _apply_ends(params: Params, config: ZayaConfig, method: str, x: jax.Array) -> jax.Array:
-    ends = {name: leaf for name, leaf in params["params"].items() if name != "layers"}
-    return cast(jax.Array, Ends(config).apply({"params": ends}, x, method=method))
-
-
 def _unstacked(layers: Any) -> Any:
     """A sequence of layers from either form."""
     if isinstance(layers, tuple) and not isinstance(layers, LayerState):
         return layers
     count = jax.tree.leaves(layers)[0].shape[0]
-    return [jax.tree.map(lambda x: x[i], layers) for i in range(count)]  # noqa: B023
+    return [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)]

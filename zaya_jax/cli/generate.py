@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from zaya_jax.cli.output import console, load_model, messages, working, write_json
+from zaya_jax.cli.output import console, load_model, messages, print_piece, working, write_json
 from zaya_jax.errors import InputError
 from zaya_jax.generation.generate import Generation
 from zaya_jax.zaya import Zaya
@@ -73,7 +73,7 @@ class Generate:
                 self.seed,
                 self.stop,
                 enable_thinking=not self.no_thinking,
-                on_text=_print_piece if one else None,
+                on_text=print_piece if one else None,
             )
         if one:
             console.print()
@@ -82,11 +82,6 @@ class Generate:
                 console.rule(prompt.strip().partition("\n")[0], align="left")
                 console.print(result.text, markup=False, highlight=False)
         return results
-
-
-def _print_piece(_: int, piece: str) -> None:
-    console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
-    console.file.flush()
 
 
 def _as_json(prompt: str, result: Generation) -> dict[str, object]:

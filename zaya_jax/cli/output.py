@@ -43,6 +43,12 @@ def write_json(file: Path | None, values: Any) -> None:
         raise ZayaError(f"{file}: cannot be written ({error.strerror})") from None
 
 
+def print_piece(_: int, piece: str) -> None:
+    """Prints a piece of streamed text as it comes."""
+    console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+    console.file.flush()
+
+
 @contextlib.contextmanager
 def working(message: str) -> Iterator[None]:
     """Shows that something is going on: a spinner on a terminal, a plain line elsewhere."""

@@ -1,0 +1,129 @@
+"""The command line as a user meets it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from zaya_jax.cli.doctor import fallback_warning
+from zaya_jax.cli.main import main
+
+ZAYA = Path(sys.executable).with_name("zaya")
+QUESTION = "Spell this word backward (example: sun -> nus): learning"
+
+
+def fails(capsys, *arguments: str) -> str:
+    """Runs a command that must end with code 2 and one line on stderr; returns the line."""
+    with pytest.raises(SystemExit) as error:
+        main(list(arguments))
+    assert error.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "Traceback" not in line
+    return line
+
+
+def test_generate_streams_an_answer_of_the_embedded_model(tmp_path, capsys):
+    file = tmp_path / "out.json"
+    main(["generate", QUESTION, "--temperature", "0", "--json", str(file)])
+    shown = capsys.readouterr()
+    (row,) = json.loads(file.read_text())
+    assert row["text"] in shown.out and "<think>" in row["text"]
+    assert (row["answer"] and row["answer"] not in row["thinking"] + "x") or row["thinking"]
+    assert row["finish_reason"] == "stop" and len(row["logprobs"]) == len(row["tokens"])
+    assert "tokens/s" in shown.err
+
+
+def test_generate_answers_several_prompts_and_continues_raw_text(tmp_path):
+    file = tmp_path / "out.json"
+    main(["generate", "a", "b", "--raw", "--max-new-tokens", "4", "--json", str(file)])
+    assert [row["prompt"] for row in json.loads(file.read_text())] == ["a", "b"]
+
+
+def test_info_counts_and_plans(tmp_path, capsys):
+    file = tmp_path / "info.json"
+    main(["info", "zaya1_8b", "--context", "4096", "--json", str(file)])
+    values = json.loads(file.read_text())
+    assert values["parameters"]["total"] == 8_840_488_784
+    assert values["memory_bytes"]["key/value cache, per token"] == 40 * 1024
+    assert values["config"]["model_type"] == "zaya"
+    assert "8,840,488,784" in capsys.readouterr().out
+    main(["info"])
+    assert "Configuration of nano" in capsys.readouterr().out
+
+
+def test_doctor_names_devices_and_kernels(tmp_path, capsys):
+    file = tmp_path / "doctor.json"
+    main(["doctor", "--json", str(file)])
+    values = json.loads(file.read_text())
+    assert values["versions"]["jax"].startswith("0.12.") and values["warning"] is None
+    assert set(values["kernels"]) == {"attention", "cca_mix", "moe", "norm", "router"}
+    assert "cpu 0" in capsys.readouterr().out
+
+
+def test_doctor_shouts_when_rocm_fell_back_to_the_cpu():
+    with_plugin = {"jax": "0.12.0", "jax-rocm7-plugin": "0.12.0"}
+    without = {"jax": "0.12.0", "jax-rocm7-plugin": "not installed"}
+    assert "no AMD GPU and runs on the CPU" in (fallback_warning(with_plugin, "cpu") or "")
+    assert fallback_warning(with_plugin, "gpu") is None
+    assert fallback_warning(without, "cpu") is None
+
+
+def test_errors_are_one_line_with_exit_code_2(capsys, tmp_path):
+    missing = str(tmp_path / "missing")
+    assert fails(capsys, "generate", "hi", "--model", missing).endswith("missing: no such folder")
+    assert fails(capsys, "info", missing).endswith("missing: no such folder")
+    assert "give a prompt" in fails(capsys, "generate")
+    assert "temperature is out of range: -1.0" in fails(
+        capsys, "generate", "hi", "--temperature", "-1"
+    )
+    assert "context must lie in 1 .. 1024" in fails(capsys, "info", "--context", "5000")
+    assert "batch must be at least 1" in fails(capsys, "info", "--batch", "0")
+    assert "cannot be written" in fails(capsys, "doctor", "--json", missing + "/x.json")
+    assert "leaves no room in the context of 1024" in fails(capsys, "generate", "x" * 2000)
+
+
+def test_unknown_options_end_with_code_2():
+    for arguments in (["generate", "hi", "--temprature", "0"], ["explode"], []):
+        done = subprocess.run([ZAYA, *arguments], capture_output=True, text=True)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_an_interrupt_and_a_closed_pipe_leave_no_traceback():
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    command = f"{ZAYA} generate '{QUESTION}' | head -c 1"
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert "Traceback" not in done.stderr
+    process = subprocess.Popen([ZAYA, "generate", QUESTION], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    process.stderr.readline()  # it is loading
+    process.send_signal(2)
+    assert process.wait(60) == 130
+    assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_anywhere(tmp_path):
+    """Built, installed without the source in reach, run from another folder."""
+    root, pip = Path(__file__).parents[2], [sys.executable, "-m", "pip"]
+    subprocess.run(
+        [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, root],
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    subprocess.run(
+        [*pip, "install", "-q", "--no-deps", "--target", site, wheel],
+        check=True,
+    )
+    code = "import zaya_jax; from zaya_jax.cli.main import main; print(zaya_jax.__file__); "
+    code += f"main(['generate', {QUESTION!r}, '--temperature', '0'])"
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert str(site) in done.stdout and "</think>" in done.stdout, done.stderr
