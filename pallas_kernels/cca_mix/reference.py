@@ -193,9 +193,12 @@ def shift_values(
 
 
 def unit_norm(x: jax.Array, eps: float) -> jax.Array:
-    """Scales each head [..., d] to length sqrt(d); lengths below `eps` count as `eps`."""
-    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
-    return x * (x.shape[-1] ** 0.5 / jnp.maximum(norm, eps))
+    """Scales each head [..., d] to length sqrt(d); lengths below `eps` count as `eps`.
+
+    The bound lies inside the root, whose gradient at a head of zeros (padding) would be NaN.
+    """
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * (x.shape[-1] ** 0.5 * jax.lax.rsqrt(jnp.maximum(square, eps**2)))
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

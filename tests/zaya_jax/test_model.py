@@ -9,7 +9,7 @@ from helpers import CONFIGS, ODD, TINY, assert_close, random_params, random_toke
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zaya_jax import forward, init, init_state
+from zaya_jax import forward, head, init, init_state
 from zaya_jax.config import PRESETS, ZayaConfig
 from zaya_jax.layouts import stack, unstack
 from zaya_jax.model import parameter_counts
@@ -171,6 +171,20 @@ def test_the_router_gets_its_gradient_through_replayed_choices(name):
         assert np.abs(layer["mlp"]["gate"]["down_proj"]["weight"]).max() > 0
 
 
+def test_padding_gives_no_nan_gradient_in_a_fresh_model():
+    """Fresh biases are zero, so padded queries and keys have length zero."""
+    params = init(TINY, jax.random.key(0))
+    tokens = random_tokens(9, 1, 12)
+
+    def loss(trained):
+        variables = {**params, "params": trained}
+        segments = np.array([[1] * 7 + [0] * 5])
+        return jnp.sum(forward(variables, TINY, tokens, segment_ids=segments).hidden[:, :7])
+
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params["params"])):
+        assert np.isfinite(leaf).all()
+
+
 @BOTH
 def test_every_parameter_matters(name):
     """Each leaf's gradient is non-zero, so the other tests see errors in any of them."""
@@ -178,8 +192,6 @@ def test_every_parameter_matters(name):
     tokens = random_tokens(9, 2, 32)
 
     def loss(trained):
-        from zaya_jax import head
-
         variables = {**params, "params": trained}
         out = head(variables, config, forward(variables, config, tokens).hidden)
         return jnp.sum(jnp.sin(out))

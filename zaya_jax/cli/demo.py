@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from zaya_jax.cli.output import console, load_model, print_piece, working, write_json
+from zaya_jax.cli.output import console, load_model, streaming, working, write_json
 from zaya_jax.evaluation.accuracy import FamilyResult, evaluate
 from zaya_jax.evaluation.families import Problem, held_out_problems
 from zaya_jax.zaya import Zaya
@@ -40,10 +40,11 @@ def _stream(model: Zaya, problem: Problem) -> None:
     console.rule(problem.family, align="left")
     console.print(problem.question, style="bold", markup=False, highlight=False)
     message = {"role": "user", "content": problem.question}
-    (result,) = model.generate([message], temperature=0, on_text=print_piece)
+    with streaming("Thinking") as on_text:
+        (result,) = model.generate([message], temperature=0, on_text=on_text)
     right = problem.score(result.answer.text) == 1
     verdict = "correct" if right else f"wrong: the answer is {problem.answer}"
-    console.print(f"\n[{verdict}]\n", style="green" if right else "red", markup=False)
+    console.print(f"[{verdict}]\n", style="green" if right else "red", markup=False)
 
 
 def _print_results(results: list[FamilyResult]) -> None:

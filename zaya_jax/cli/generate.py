@@ -8,9 +8,9 @@ from typing import Literal
 
 import tyro
 
-from zaya_jax.cli.output import console, load_model, messages, print_piece, working, write_json
+from zaya_jax.cli.output import console, load_model, messages, streaming, working, write_json
 from zaya_jax.errors import InputError
-from zaya_jax.generation.generate import Generation
+from zaya_jax.generation.generate import Generation, OnText
 from zaya_jax.zaya import Zaya
 
 
@@ -60,11 +60,11 @@ class Generate:
         write_json(self.json, rows)
 
     def _answer(self, model: Zaya, prompts: list[str]) -> list[Generation]:
-        asked = prompts if self.raw else [[{"role": "user", "content": text}] for text in prompts]
-        one = len(prompts) == 1
-        with working("Generating"):
-            results = model.generate(
-                asked,
+        """Generates, printing a single answer as it comes and several when all are there."""
+
+        def generate(on_text: OnText | None) -> list[Generation]:
+            return model.generate(
+                prompts if self.raw else [[{"role": "user", "content": p}] for p in prompts],
                 self.max_new_tokens,
                 self.temperature,
                 self.top_p,
@@ -73,14 +73,17 @@ class Generate:
                 self.seed,
                 self.stop,
                 enable_thinking=not self.no_thinking,
-                on_text=print_piece if one else None,
+                on_text=on_text,
             )
-        if one:
-            console.print()
-        else:
-            for prompt, result in zip(prompts, results, strict=True):
-                console.rule(prompt.strip().partition("\n")[0], align="left")
-                console.print(result.text, markup=False, highlight=False)
+
+        if len(prompts) == 1:
+            with streaming("Generating") as on_text:
+                return generate(on_text)
+        with working("Generating"):
+            results = generate(None)
+        for prompt, result in zip(prompts, results, strict=True):
+            console.rule(prompt.strip().partition("\n")[0], align="left")
+            console.print(result.text, markup=False, highlight=False)
         return results
 
 

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from zaya_jax.errors import ZayaError
+from zaya_jax.generation.generate import OnText
 from zaya_jax.loading import NANO, load
 from zaya_jax.zaya import Zaya
 
@@ -43,12 +44,6 @@ def write_json(file: Path | None, values: Any) -> None:
         raise ZayaError(f"{file}: cannot be written ({error.strerror})") from None
 
 
-def print_piece(_: int, piece: str) -> None:
-    """Prints a piece of streamed text as it comes."""
-    console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
-    console.file.flush()
-
-
 @contextlib.contextmanager
 def working(message: str) -> Iterator[None]:
     """Shows that something is going on: a spinner on a terminal, a plain line elsewhere."""
@@ -58,6 +53,21 @@ def working(message: str) -> Iterator[None]:
     else:
         messages.print(f"{message} ...", markup=False, highlight=False)
         yield
+
+
+@contextlib.contextmanager
+def streaming(message: str) -> Iterator[OnText]:
+    """A callback that prints text as it comes; until the first of it, shows that work goes on."""
+    with contextlib.ExitStack() as waiting:
+        waiting.enter_context(working(message))
+
+        def on_text(_: int, piece: str) -> None:
+            waiting.close()
+            console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+            console.file.flush()
+
+        yield on_text
+    console.print()
 
 
 def load_model(path: str | None, dtype: str | None = None) -> Zaya:
