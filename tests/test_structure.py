@@ -2,6 +2,7 @@
 
 import ast
 import subprocess
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -81,3 +82,9 @@ def test_every_pin_has_hashes_and_no_address():
     assert all("--hash=sha256:" in entry for entry in entries)
     pins = dict(entry.split(" ")[0].split(";")[0].split("==") for entry in entries)
     assert pins["jax"] == pins["jaxlib"] == "0.12.0"
+
+
+def test_the_rocm_extra_never_asks_for_an_extra_that_does_not_exist():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"]["rocm"] == ["jax[rocm7-local]"]
+    assert "jax>=0.12.0,<0.13,!=0.12.0.1" in project["dependencies"]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from convert.mapping import mapping
@@ -74,29 +75,34 @@ def read_config(path_or_hub_id: str | os.PathLike[str]) -> ZayaConfig:
 def save(
     params: Params, config: ZayaConfig, path: str | os.PathLike[str], tokenizer: Tokenizer | None
 ) -> None:
-    """Writes parameters in the layout that `load` reads, tensor by tensor bit for bit; replaces
-    nothing until done."""
-    path = Path(path)
+    """Writes parameters in the layout that `load` reads, tensor by tensor bit for bit.
+
+    A checkpoint that is there already stays until the new one is complete.
+
+    Raises:
+      CheckpointError: the path holds something else, or cannot be written.
+    """
+    path = Path(path).resolve()
     if path.exists() and not (
         path.is_dir() and (not any(path.iterdir()) or (path / "config.json").exists())
     ):
         raise CheckpointError(f"{path}: exists and is no checkpoint folder, so it is not replaced")
+    leaves = _leaves(params, config)
     tensors = {
         entry.name: np.asarray(leaf)
-        for entry, leaf in zip(mapping(config).values(), _leaves(params, config), strict=True)
+        for entry, leaf in zip(mapping(config).values(), leaves, strict=True)
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
-        folder = Path(temporary) / "checkpoint"
-        folder.mkdir()
-        _write(tensors, folder)
-        values = config.to_hf() | {"dtype": str(tensors["model.norm.weight"].dtype)}
-        (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-        if tokenizer is not None:
-            tokenizer.save(folder)
-        if path.exists():
-            path.rename(Path(temporary) / "replaced")
-        folder.rename(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+            folder = Path(temporary) / "checkpoint"
+            folder.mkdir()
+            _write(tensors, config, tokenizer, folder)
+            if path.exists():
+                path.rename(Path(temporary) / "replaced")
+            folder.rename(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({error})") from None
 
 
 def _leaves(params: Params, config: ZayaConfig) -> list[Any]:
@@ -108,7 +114,13 @@ def _leaves(params: Params, config: ZayaConfig) -> list[Any]:
     return [found[path] for path in mapping(config)]
 
 
-def _write(tensors: dict[str, np.ndarray], folder: Path) -> None:
+def _write(
+    tensors: dict[str, np.ndarray], config: ZayaConfig, tokenizer: Tokenizer | None, folder: Path
+) -> None:
+    values = config.to_hf() | {"dtype": str(tensors["model.norm.weight"].dtype)}
+    (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    if tokenizer is not None:
+        tokenizer.save(folder)
     shards: list[dict[str, np.ndarray]] = [{}]
     room = MAX_SHARD_BYTES
     for name, tensor in tensors.items():

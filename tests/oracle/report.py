@@ -17,6 +17,16 @@ import numpy as np  # noqa: E402
 from conftest import ORACLE  # noqa: E402
 from test_parity import compute, kl  # noqa: E402
 
+COLUMNS = (
+    "case",
+    "float32: error / spread",
+    "same expert",
+    "bfloat16: KL, ours",
+    "KL, PyTorch",
+    "same expert, ours",
+    "same expert, PyTorch",
+)
+
 
 def row(name: str, folder: Path) -> str:
     ours, experts, reference = compute(folder)
@@ -38,10 +48,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [ORACLE, TESTS / "oracle" / "reference.py", folder]
         subprocess.run(command, check=True, capture_output=True)
-        print(
-            "| case | float32 error | same expert | KL, ours | KL, PyTorch | same, ours | same, PyTorch |"
-        )
-        print("|---|---|---|---|---|---|---|")
+        print(f"| {' | '.join(COLUMNS)} |")
+        print("|---" * len(COLUMNS) + "|")
         for name in cases.CASES:
             print(row(name, Path(folder) / name), flush=True)
 

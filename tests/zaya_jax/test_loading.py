@@ -128,7 +128,23 @@ def test_saving_replaces_a_checkpoint_but_nothing_else(tmp_path, saved):
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(CheckpointError, match="mine: exists and is no checkpoint"):
         model.save(tmp_path / "mine")
+    with pytest.raises(CheckpointError, match="thesis.txt.*: cannot be written"):
+        model.save(tmp_path / "mine" / "thesis.txt" / "model")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "model"]
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(monkeypatch, tmp_path, saved):
+    model = zaya_jax.load(saved)
+    model.save(tmp_path / "model")
+
+    def no_space(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loading, "save_file", no_space)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        model.save(tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    zaya_jax.load(tmp_path / "model")
 
 
 def drop(name):
