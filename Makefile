@@ -3,7 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test setup oracle lock
+.PHONY: demo test setup oracle lock notebooks
 
 demo: setup
 	$(BIN)/zaya demo
@@ -35,3 +35,7 @@ lock:
 	$(BIN)/python -m pip install -q uv
 	$(BIN)/uv pip compile -q pyproject.toml --universal --python-version 3.12 --extra dev \
 		--generate-hashes --no-annotate --no-header --upgrade -o .ci/constraints.txt
+
+# Executes the notebooks' scripts into their .ipynb pairs.
+notebooks: setup
+	$(BIN)/jupytext --to ipynb --execute notebooks/*.py

@@ -64,10 +64,16 @@ for token, probability in zip(best, jax.nn.softmax(logits[0])[best], strict=True
 print(result.text)
 print("\nanswer:", result.answer.text, "| finished by:", result.finish_reason)
 
+# %% [markdown]
+# The model is sure of that. A harder question shows where it hesitates.
+
 # %%
-spelled = [model.tokenizer.decode([token]) for token in result.tokens]
+numbers = "Find the Greatest Common Divisor (GCD) of these numbers: 203, 116. "
+numbers += "Give only the GCD as your final answer."
+(hard,) = model.generate([{"role": "user", "content": numbers}], temperature=0)
+spelled = [model.tokenizer.decode([token]) for token in hard.tokens]
 fig, ax = plt.subplots(figsize=(11, 3))
-ax.bar(range(len(spelled)), np.exp(result.logprobs))
+ax.bar(range(len(spelled)), np.exp(hard.logprobs))
 ax.set_xticks(range(len(spelled)), [repr(text)[1:-1] for text in spelled], rotation=90)
 ax.set(ylabel="probability", title="How sure the model was of each token")
 plt.show()
@@ -88,6 +94,7 @@ fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3), width_ratios=(1, 2))
 image = left.imshow(share, cmap="viridis", aspect="auto")
 left.set(xlabel="expert (last: skip)", ylabel="layer", title="share of tokens")
 left.set_yticks(range(config.num_hidden_layers))
+left.set_xticks(range(config.num_experts + 1))
 fig.colorbar(image)
 right.imshow(result.experts.T, cmap="tab10", aspect="auto", interpolation="nearest")
 right.set(xlabel="token of one conversation", ylabel="layer", title="expert of each token")
