@@ -130,16 +130,23 @@ def _write(
         shards[-1][name] = tensor
         room -= tensor.nbytes
     if len(shards) == 1:
-        save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+        _write_shard(shards[0], folder / SINGLE)
         return
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        _write_shard(shard, folder / file)
         places |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_shard(tensors: dict[str, np.ndarray], file: Path) -> None:
+    file.touch()
+    usual = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(usual)  # the library leaves files that only their owner can read
 
 
 def _folder(path_or_hub_id: str | os.PathLike[str], hub_files: list[str]) -> Path:

@@ -132,7 +132,9 @@ def test_nano_is_small_and_what_its_preset_says(model):
     assert model.config == ZayaConfig.preset("nano")
     assert 1e6 < parameter_counts(model.config)[0] < 4e6
     assert sum(file.stat().st_size for file in NANO.iterdir()) <= 8e6
-    assert {leaf.dtype for leaf in jax.tree.leaves(model.params["params"])} == {"bfloat16"}
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params["params"])} == {
+        jnp.dtype("bfloat16")
+    }
 
 
 @pytest.mark.slow
