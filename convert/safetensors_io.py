@@ -5,6 +5,7 @@ weights; reading a tensor straight into its final buffer keeps the peak at the w
 and lets a damaged file be named exactly.
 """
 
+import io
 import itertools
 import json
 import math
@@ -43,7 +44,7 @@ class Tensor(NamedTuple):
         target = self.dtype if dtype is None else np.dtype(dtype)
         out = _aligned_empty(self.shape, target)
         flat = out.reshape(-1)
-        with open(self.file, "rb") as stream:
+        with _open(self.file) as stream:
             stream.seek(self.offset)
             for start in range(0, flat.size, _CHUNK):
                 part = flat[start : start + _CHUNK]
@@ -51,8 +52,23 @@ class Tensor(NamedTuple):
                 if stream.readinto(raw.view(np.uint8)) != raw.nbytes:
                     raise CheckpointError(f"{self.file}: ends within tensor {self.name!r}")
                 if raw is not part:
-                    part[:] = raw.astype(target)
+                    self._convert(raw, part)
         return out
+
+    def _convert(self, raw: np.ndarray, out: np.ndarray) -> None:
+        with np.errstate(over="ignore"):
+            out[:] = raw.astype(out.dtype)
+        if not np.array_equal(np.isfinite(raw), np.isfinite(out)):
+            raise CheckpointError(
+                f"{self.file}: tensor {self.name!r} has values too large for {out.dtype}"
+            )
+
+
+def _open(file: Path) -> io.BufferedReader:
+    try:
+        return open(file, "rb")
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -81,8 +97,10 @@ def _read_shards(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     found: dict[str, Tensor] = {}
     problems: list[str] = []
     for file in sorted(set(places.values())):
-        if Path(file).name != file:
-            raise CheckpointError(f"{folder / INDEX}: shard {file!r} is not a plain file name")
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{folder / INDEX}: shard {file!r} is not the name of a safetensors file"
+            )
         if not (folder / file).exists():
             problems.append(f"shard {file} of the index is missing")
             continue
@@ -108,7 +126,7 @@ def read_header(file: Path) -> tuple[list[Tensor], list[str]]:
     Raises:
       CheckpointError: the file is no safetensors file at all, or shorter than its header says.
     """
-    with open(file, "rb") as stream:
+    with _open(file) as stream:
         size = stream.seek(0, 2)
         stream.seek(0)
         length = int.from_bytes(stream.read(8), "little")
@@ -124,6 +142,8 @@ def read_header(file: Path) -> tuple[list[Tensor], list[str]]:
             begin, end = (operator.index(n) for n in entry["data_offsets"])
         except (TypeError, KeyError, ValueError):
             raise CheckpointError(f"{file}: damaged header entry for tensor {name!r}") from None
+        if not isinstance(kind, str):
+            raise CheckpointError(f"{file}: damaged header entry for tensor {name!r}")
         if kind not in DTYPES:
             problems.append(f"tensor {name!r} has dtype {kind}: only {', '.join(DTYPES)} are read")
             continue
@@ -158,7 +178,7 @@ def _parse(file: Path, text: bytes, problems: list[str]) -> dict[str, Any]:
 
     try:
         header = json.loads(text, object_pairs_hook=collect)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{file}: the safetensors header is not valid JSON") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: the safetensors header is not a JSON object")
@@ -173,7 +193,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: no such file") from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: not a JSON object")

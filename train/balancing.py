@@ -16,9 +16,9 @@ OPTIMIZER = optax.adamw(2e-3, weight_decay=0.0)
 
 
 def loads(expert_counts: jax.Array) -> jax.Array:
-    """Each expert's share of a layer's tokens: int [L, E + 1] -> float32 [L, E], skips left out."""
-    counts = expert_counts[:, :-1].astype(jnp.float32)
-    return counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1)
+    """Each expert's share of a layer's tokens, skipped ones included: [L, E + 1] -> [L, E]."""
+    counts = expert_counts.astype(jnp.float32)
+    return counts[:, :-1] / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1)
 
 
 def pseudo_gradients(balancing: Any, expert_counts: jax.Array) -> Any:

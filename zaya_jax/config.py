@@ -2,7 +2,6 @@
 `config.json`)."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -14,6 +13,7 @@ FULL, SLIDING = "hybrid", "hybrid_sliding"
 # the top level.
 _IGNORED = frozenset(
     [
+        "_attn_implementation",
         "_name_or_path",
         "add_cross_attention",
         "architectures",
@@ -32,14 +32,20 @@ _IGNORED = frozenset(
         "output_router_logits",
         "problem_type",
         "return_dict",
+        "pruned_heads",
         "rope_type",
+        "router_aux_loss_coef",
+        "tokenizer_class",
         "torch_dtype",
+        "torchscript",
         "transformers_version",
         "use_cache",
     ]
 )
 # Keys that ZAYA fixes: another value would be another model.
 _FIXED = {"hidden_act": "silu", "num_experts_per_tok": 1}
+# Null means the default here; padding is masked whatever its token.
+_NULL_IS_DEFAULT = frozenset({"layer_types", "pad_token_id"})
 _LEGACY = frozenset(
     {"ffn_hidden_size", "ffn_hidden_size_list", "zaya_mlp_expansion", "zaya_layers"}
 )
@@ -89,6 +95,7 @@ class ZayaConfig:
       skip_expert: output for a token routed to the router's last class: "zero" (transformers, vLLM)
         or "identity" (the legacy code: its normed input times its probability). Not a Hugging Face
         field.
+      bos_token_id: None where prompts begin without one.
       eos_token_ids: every token that ends a turn.
     """
 
@@ -113,7 +120,7 @@ class ZayaConfig:
     lm_head_bias: bool = False
     attention_bias: bool = False
     skip_expert: Literal["zero", "identity"] = "zero"
-    bos_token_id: int = 2
+    bos_token_id: int | None = 2
     eos_token_ids: tuple[int, ...] = (106,)
     pad_token_id: int = 0
 
@@ -165,25 +172,25 @@ class ZayaConfig:
         for name, fixed in _FIXED.items():
             if values.pop(name, fixed) != fixed:
                 raise ConfigError(f"{name} must be {fixed!r}")
+        layer_types = values.get("layer_types")
+        if isinstance(layer_types, list):
+            if not all(isinstance(kind, str) for kind in layer_types):
+                raise ConfigError(f"layer_types must be a list of names, got {layer_types!r:.80}")
+            values["layer_types"] = tuple(layer_types)
         fields: dict[str, Any] = {}
         rope = values.pop("rope_parameters", None)
         if rope is not None:
-            fields |= _read_rope(rope, values.get("layer_types"))
+            fields |= _read_rope(rope, layer_types if isinstance(layer_types, list) else [])
         if "eos_token_id" in values:
             eos = values.pop("eos_token_id")
             fields["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
-        if isinstance(values.get("layer_types"), list):
-            values["layer_types"] = tuple(values["layer_types"])
-        known = {field.name for field in dataclasses.fields(cls)} - {
-            "rope",
-            "sliding_rope",
-            "eos_token_ids",
-        }
+        known = {field.name for field in dataclasses.fields(cls)}
+        known -= {"rope", "sliding_rope", "eos_token_ids"}
         for name, value in values.items():
             if name in known:
-                if value is not None or name == "sliding_window":
+                if value is not None or name not in _NULL_IS_DEFAULT:
                     fields[name] = value
-            elif name not in _IGNORED:
+            elif name not in _IGNORED and value is not None:
                 raise ConfigError(f"unknown field {name!r}")
         return cls(**fields)
 
@@ -209,7 +216,7 @@ class ZayaConfig:
         }
 
 
-def _read_rope(rope: Any, layer_types: Any) -> dict[str, Rope]:
+def _read_rope(rope: Any, layer_types: list[str]) -> dict[str, Rope]:
     if not isinstance(rope, Mapping):
         raise ConfigError(f"rope_parameters must be an object, got {rope!r}")
     entries = {name: entry for name, entry in rope.items() if name != "rope_type"}
@@ -229,7 +236,7 @@ def _read_rope(rope: Any, layer_types: Any) -> dict[str, Rope]:
 def _check_types(config: ZayaConfig) -> None:
     for field in dataclasses.fields(config):
         value, default = getattr(config, field.name), field.default
-        if field.name == "sliding_window":
+        if field.name in ("sliding_window", "bos_token_id"):
             good = value is None or _is_int(value)
         elif isinstance(default, bool):
             good = isinstance(value, bool)
@@ -264,10 +271,7 @@ def _check_values(config: ZayaConfig) -> None:
         "rms_norm_eps",
     ]:
         require(getattr(config, name) > 0, f"{name} must be positive, got {getattr(config, name)}")
-    require(
-        math.isfinite(config.rms_norm_eps),
-        f"rms_norm_eps must be finite, got {config.rms_norm_eps}",
-    )
+    require(config.rms_norm_eps < 1, f"rms_norm_eps must be below 1, got {config.rms_norm_eps}")
     require(
         config.num_experts <= 254,
         f"num_experts must be at most 254 (recorded in uint8), got {config.num_experts}",
@@ -297,14 +301,14 @@ def _check_values(config: ZayaConfig) -> None:
             "sliding_window must be set for 'hybrid_sliding' layers",
         )
     require(
-        config.sliding_window is None or config.sliding_window > 0,
-        "sliding_window must be positive",
+        config.sliding_window is None or 0 < config.sliding_window < 2**31,
+        f"sliding_window must be positive and fit 32 bits, got {config.sliding_window}",
     )
-    for name in ("rope", "sliding_rope"):
-        rope = getattr(config, name)
+    for kind in sorted(set(config.layer_types)):
+        name, rope = "rope" if kind == FULL else "sliding_rope", config.layer_rope(kind)
         require(
-            _is_number(rope.theta) and rope.theta > 0,
-            f"{name}: theta must be positive, got {rope.theta!r}",
+            _is_number(rope.theta) and 0 < rope.theta < 1e30,
+            f"{name}: theta must be positive and finite, got {rope.theta!r}",
         )
         factor = rope.partial_rotary_factor
         require(
@@ -322,7 +326,7 @@ def _check_values(config: ZayaConfig) -> None:
     )
     require(len(config.eos_token_ids) > 0, "eos_token_ids must name at least one token")
     for name, ids in {
-        "bos_token_id": (config.bos_token_id,),
+        "bos_token_id": () if config.bos_token_id is None else (config.bos_token_id,),
         "pad_token_id": (config.pad_token_id,),
         "eos_token_ids": config.eos_token_ids,
     }.items():

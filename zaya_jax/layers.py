@@ -6,17 +6,22 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.norm import api as norm
+from pallas_kernels.precision import exact
 from zaya_jax.config import Rope
 
 INIT = nn.initializers.normal(0.02)
 
 
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """x [..., in], rounded to the weight's dtype, times weight [out, in]: float32 [..., out]."""
+    """x [..., in], rounded to the weight's dtype, times weight [out, in]: float32 [..., out].
+
+    Full float32 products where the weight is float32; GPUs would round the operands otherwise.
+    """
     out = jax.lax.dot_general(
         x.astype(weight.dtype),
         weight,
         (((x.ndim - 1,), (1,)), ((), ())),
+        precision=exact(weight.dtype),
         preferred_element_type=jnp.float32,
     )
     return out if bias is None else out + bias.astype(jnp.float32)

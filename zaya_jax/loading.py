@@ -23,7 +23,7 @@ from zaya_jax.config import ZayaConfig
 from zaya_jax.errors import CheckpointError, ConfigError
 from zaya_jax.model import Params
 from zaya_jax.sharding import check_mesh, parameter_sharding
-from zaya_jax.text.tokenizer import Tokenizer
+from zaya_jax.text.tokenizer import CARRIED, Tokenizer
 from zaya_jax.zaya import Zaya
 
 NANO = Path(__file__).parent / "nano"
@@ -83,26 +83,48 @@ def save(
       CheckpointError: the path holds something else, or cannot be written.
     """
     path = Path(path).resolve()
-    if path.exists() and not (
-        path.is_dir() and (not any(path.iterdir()) or (path / "config.json").exists())
-    ):
-        raise CheckpointError(f"{path}: exists and is no checkpoint folder, so it is not replaced")
     leaves = _leaves(params, config)
     tensors = {
         entry.name: np.asarray(leaf)
         for entry, leaf in zip(mapping(config).values(), leaves, strict=True)
     }
     try:
+        _check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving.") as temporary:
             folder = Path(temporary) / "checkpoint"
             folder.mkdir()
             _write(tensors, config, tokenizer, folder)
-            if path.exists():
-                path.rename(Path(temporary) / "replaced")
-            folder.rename(path)
-    except (OSError, SafetensorError) as error:
+            _swap_in(folder, path, Path(temporary) / "replaced")
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path}: cannot be written ({error})") from None
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raises CheckpointError unless the path is free, or a folder of nothing but a checkpoint's
+    files."""
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path}: is a file, so no checkpoint is saved there")
+    if Path.cwd().is_relative_to(path):
+        raise CheckpointError(f"{path}: is the current directory; save into a folder of its own")
+    own = {"config.json", INDEX, *CARRIED}
+    for entry in sorted(path.iterdir()) if path.exists() else ():
+        if entry.name not in own and entry.suffix != ".safetensors":
+            raise CheckpointError(f"{path}: holds {entry.name!r} too, so it is not replaced")
+
+
+def _swap_in(folder: Path, path: Path, replaced: Path) -> None:
+    """Moves the new folder to `path`, and the old one back if that is interrupted."""
+    if path.exists():
+        path.rename(replaced)
+    try:
+        folder.rename(path)
+    except BaseException:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
+        raise
 
 
 def _leaves(params: Params, config: ZayaConfig) -> list[Any]:
@@ -150,14 +172,17 @@ def _write_shard(tensors: dict[str, np.ndarray], file: Path) -> None:
 
 
 def _folder(path_or_hub_id: str | os.PathLike[str], hub_files: list[str]) -> Path:
-    path = Path(path_or_hub_id)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{path}: is a file, expected a checkpoint folder")
     name = str(path_or_hub_id)
+    try:
+        path = Path(name)
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise CheckpointError(f"{path}: is a file, expected a checkpoint folder")
+    except OSError:
+        raise CheckpointError(f"{name[:80]}...: no path can be that long") from None
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
-        raise CheckpointError(f"{path}: no such folder")
+        raise CheckpointError(f"{name}: no such folder")
     from huggingface_hub import snapshot_download
 
     try:

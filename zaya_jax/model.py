@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from zaya_jax.attention import Attention, Tokens
 from zaya_jax.config import SLIDING, ZayaConfig
+from zaya_jax.errors import InputError
 from zaya_jax.layers import INIT, ResidualScaling, RMSNorm, linear, rotary_table
 from zaya_jax.moe import BALANCING, MoE
 from zaya_jax.state import DecodeState, LayerState
@@ -193,15 +194,18 @@ def forward(
       positions: int32 [B, S] for the rotary embedding; by default those of the row or segment.
       new_lengths: int32 [B], real tokens of this call in each right-padded row; 0 leaves a row's
         state untouched.
-      state: of the tokens before; must have room for the new ones.
+      state: of the tokens before. A row without room for its new ones gets NaN as hidden states.
       forced_experts: uint8 [B, S, L], experts to use instead of the routers' choices; 255 leaves
-        one free.
+        one free. A number that is no class gives NaN.
+
+    Raises:
+      InputError: `segment_ids` beside `state` or `new_lengths`.
 
     Returns:
       `Output`. Logits are `head(params, config, hidden)` of the positions that need them.
     """
     if segment_ids is not None and (state is not None or new_lengths is not None):
-        raise ValueError("segment_ids cannot be combined with state or new_lengths")
+        raise InputError("segment_ids cannot be combined with state or new_lengths")
     where = place_tokens(tokens, segment_ids, new_lengths, state)
     if positions is None:
         index = where.offsets[:, None] + jnp.arange(tokens.shape[1])
@@ -215,7 +219,10 @@ def forward(
     h, layers, experts = run(params, config, h, where, rotary, state, forced_experts)
     hidden = apply_ends(params, config, "final_norm", h)
     if state is not None:
-        state = DecodeState.from_layers(layers, state.lengths + where.new_lengths)
+        lengths = state.lengths + where.new_lengths
+        fits = lengths <= state.capacity
+        hidden = jnp.where(fits[:, None, None], hidden, jnp.nan)  # compiled code cannot raise
+        state = DecodeState.from_layers(layers, lengths)
     classes = jnp.arange(config.num_experts + 1, dtype=experts.dtype)
     counts = jax.vmap(lambda e: jnp.sum(e[..., None] == classes, axis=(0, 1)), in_axes=2)(experts)
     return Output(hidden, state, experts, counts.astype(jnp.int32))

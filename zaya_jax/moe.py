@@ -126,4 +126,6 @@ class MoE(nn.Module):
         if self.config.skip_expert == "identity":
             skipped = expert == self.config.num_experts
             out = jnp.where(skipped[..., None], weight[..., None] * x, out)
+        unknown = (expert > self.config.num_experts) & valid  # forced to a class there is not
+        out = jnp.where(unknown[..., None], jnp.nan, out)
         return out, states, expert.astype(jnp.uint8)

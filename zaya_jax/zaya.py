@@ -46,6 +46,9 @@ class Zaya:
             raise InputError(f"tokens must lie in 0 .. {self.config.vocab_size - 1}")
         if lengths is not None:
             lengths = _lengths(lengths, tokens.shape)
+        longest = self.config.max_position_embeddings
+        if segment_ids is None and tokens.shape[1] > longest:
+            raise InputError(f"tokens has rows of {tokens.shape[1]}, the context is {longest}")
         if segment_ids is not None:
             if lengths is not None:
                 raise InputError("lengths and segment_ids exclude each other")
@@ -101,7 +104,8 @@ class Zaya:
         save(self.params, self.config, path, self.tokenizer)
 
     def _encode(self, prompt: Prompt, enable_thinking: bool) -> Sequence[int]:
-        conversation = not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], dict)
+        """Token ids of text or of a conversation; ids are returned as they are."""
+        conversation = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
         if not isinstance(prompt, str) and not conversation:
             return prompt  # type: ignore[return-value]
         if self.tokenizer is None:
@@ -118,12 +122,19 @@ def _logits(params, config, tokens, lengths, segment_ids):
 
 
 def _as_list(prompts: Any) -> list[Any]:
-    """One prompt or several, as several: a string, a row of ids and a conversation are one."""
+    """One prompt or several, as several: a string, a row of ids and a conversation are one.
+
+    Raises:
+      InputError: something that is neither.
+    """
     if isinstance(prompts, str):
         return [prompts]
-    prompts = list(prompts)
-    one = bool(prompts) and isinstance(prompts[0], (int, np.integer, dict))
-    return [prompts] if one else prompts
+    if isinstance(prompts, np.ndarray | jax.Array):
+        prompts = np.asarray(prompts).tolist()
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise InputError(f"prompts must be text, token ids or conversations, got {prompts!r:.60}")
+    one = bool(prompts) and isinstance(prompts[0], int | np.integer | dict)
+    return [list(prompts)] if one else list(prompts)
 
 
 def _integers(name: str, values: Any) -> np.ndarray:
@@ -133,6 +144,8 @@ def _integers(name: str, values: Any) -> np.ndarray:
         array = np.empty(0, object)
     if array.dtype.kind not in "iu":
         raise InputError(f"{name} must be an array of integers (pad rows of different lengths)")
+    if array.size and (array.min() < -(2**31) or array.max() >= 2**31):
+        raise InputError(f"{name} has values that do not fit 32 bits")
     return array.astype(np.int32)
 
 

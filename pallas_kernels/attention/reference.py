@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.precision import exact
+
 # Scores held at once, in elements: 64 MiB of float32.
 SCORE_BUDGET = 1 << 24
 MASKED = -1e30
@@ -45,12 +47,24 @@ def attention(
         # Group and block as one axis: XLA's CPU backend has no bfloat16 product for the five-axis
         # form.
         queries = queries.reshape(batch, kv_heads, groups * size, head_dim)
-        scores = jnp.einsum("bnsd,bncd->bnsc", queries, k, preferred_element_type=jnp.float32)
+        scores = jnp.einsum(
+            "bnsd,bncd->bnsc",
+            queries,
+            k,
+            precision=exact(k.dtype),
+            preferred_element_type=jnp.float32,
+        )
         scores = scores.reshape(batch, kv_heads, groups, size, keys) * head_dim**-0.5
         scores = jnp.where(visible[:, None, None], scores, MASKED)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         weights = weights.reshape(batch, kv_heads, groups * size, keys)
-        out = jnp.einsum("bnsc,bncd->bnsd", weights, v, preferred_element_type=jnp.float32)
+        out = jnp.einsum(
+            "bnsc,bncd->bnsd",
+            weights,
+            v,
+            precision=exact(v.dtype),
+            preferred_element_type=jnp.float32,
+        )
         return out.reshape(batch, kv_heads, groups, size, head_dim).astype(v.dtype)
 
     if block == length:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.precision import exact
+
 
 class Weights(NamedTuple):
     """Parameters of the mixing: convolution taps are ordered oldest first, the last tap is the
@@ -141,7 +143,9 @@ def convolve(
     for tap in range(k1):
         column = _since_start(depthwise[:, tap : tap + length], age, k1 - 1 - tap, bias)
         column = column.reshape(batch, length, -1, head_dim)
-        product = jnp.einsum("bsgi,goi->bsgo", column, grouped[..., tap])
+        product = jnp.einsum(
+            "bsgi,goi->bsgo", column, grouped[..., tap], precision=exact(jnp.float32)
+        )
         mixed = mixed + product.reshape(batch, length, channels)
     return mixed, new_tail
 

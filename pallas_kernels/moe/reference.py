@@ -11,6 +11,8 @@ Shapes: T tokens of D channels, E experts of F hidden channels.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.precision import exact
+
 MAX_CAPACITY = 512
 
 
@@ -69,10 +71,14 @@ def moe(
 
 def _expert_mlp(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
     """One gated MLP per expert: [E, C, D] -> float32 [E, C, D]."""
-    hidden = jnp.einsum("ecd,efd->ecf", x, gate_up, preferred_element_type=jnp.float32)
+    hidden = jnp.einsum(
+        "ecd,efd->ecf", x, gate_up, precision=exact(x.dtype), preferred_element_type=jnp.float32
+    )
     gate, up = jnp.split(hidden, 2, axis=-1)
     hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
-    return jnp.einsum("ecf,edf->ecd", hidden, down, preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "ecf,edf->ecd", hidden, down, precision=exact(x.dtype), preferred_element_type=jnp.float32
+    )
 
 
 @jax.custom_vjp

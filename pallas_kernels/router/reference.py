@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.norm.reference import rms_norm
+from pallas_kernels.precision import exact
 
 FREE = 255
 
@@ -64,11 +65,10 @@ def route(
 
 
 def _linear(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., in] times weight [out, in], in full float32 (GPUs would round the inputs
-    otherwise)."""
+    """x [..., in] times weight [out, in], in full float32."""
     return jax.lax.dot_general(
         x,
         weight.astype(jnp.float32),
         (((x.ndim - 1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
+        precision=exact(jnp.float32),
     )

@@ -83,6 +83,28 @@ def test_errors_are_one_line_with_exit_code_2(capsys, tmp_path):
     assert "batch must be at least 1" in fails(capsys, "info", "--batch", "0")
     assert "cannot be written" in fails(capsys, "doctor", "--json", missing + "/x.json")
     assert "leaves no room in the context of 1024" in fails(capsys, "generate", "x" * 2000)
+    assert "cannot be written" in fails(capsys, "generate", "x", "--json", str(tmp_path))
+    assert "no valid Unicode" in fails(capsys, "generate", "\udcff")
+    assert "shown must not be negative" in fails(capsys, "demo", "--shown", "-1")
+
+
+def test_text_that_looks_like_markup_is_printed_as_it_is(capsys):
+    from zaya_jax.cli.output import streaming
+
+    main(["generate", "What is [/a]?", "b", "--max-new-tokens", "2"])
+    assert "What is [/a]?" in capsys.readouterr().out
+    with streaming("Working") as on_text:
+        on_text(0, "x[1:end:2] :heart: \t|")
+    assert capsys.readouterr().out == "x[1:end:2] :heart: \t|\n"
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+@pytest.mark.parametrize("command", [["doctor"], ["generate", "hi"]])
+def test_a_backend_that_cannot_start_is_one_line(platform, command):
+    environment = {**os.environ, "JAX_PLATFORMS": platform}
+    done = subprocess.run([ZAYA, *command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "zaya: JAX cannot start" in done.stderr
 
 
 def test_unknown_options_end_with_code_2():

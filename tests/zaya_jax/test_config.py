@@ -29,11 +29,14 @@ def test_oddities_of_released_configs_are_read():
             "rope_parameters": {"rope_type": "default", "hybrid": rope},  # a stray key of the hub's
             "eos_token_id": [1, 106],
             "pad_token_id": None,
+            "bos_token_id": None,
+            "rope_scaling": None,
+            "tokenizer_class": "GemmaTokenizer",
             "transformers_version": "5.23.0",
             "torch_dtype": "bfloat16",
         }
     )
-    assert config.rope == Rope(1e6, 0.25)
+    assert config.rope == Rope(1e6, 0.25) and config.bos_token_id is None
     assert config.eos_token_ids == (1, 106) and config.to_hf()["eos_token_id"] == [1, 106]
     plain = {
         "rope_theta": 1e4
@@ -50,6 +53,15 @@ def test_oddities_of_released_configs_are_read():
         ({"hidden_size": 64.5}, "hidden_size has the wrong type"),
         ({"num_hidden_layers": True}, "num_hidden_layers has the wrong type"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be positive"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be below 1"),
+        ({"hidden_size": None}, "hidden_size has the wrong type: None"),
+        ({"layer_types": 5}, "layer_types has the wrong type"),
+        ({"layer_types": [None, "hybrid"]}, "layer_types must be a list of names"),
+        ({"sliding_window": 2**40}, "sliding_window must be positive and fit 32 bits"),
+        (
+            {"rope_parameters": {"hybrid": {"rope_theta": float("inf")}}},
+            "theta must be positive and finite",
+        ),
         ({"attention_bias": 1}, "attention_bias has the wrong type: 1"),
         ({"num_attention_heads": 5}, "5 is not a multiple of num_key_value_heads 2"),
         (

@@ -149,6 +149,11 @@ def test_a_full_context_ends_the_answer():
         ([[3.5]], "prompt 0 has tokens that are no integers"),
         ([[[3]]], "prompt 0 is empty or no flat list"),
         ([[3] * 512], "prompt 0 has 512 tokens, which leaves no room in the context of 512"),
+        ([[[3], [3, 4]]], "prompt 0 is empty or no flat list"),
+        (None, "prompts must be text, token ids or conversations, got None"),
+        ({"role": "user"}, "prompts must be text"),
+        (b"text", "prompts must be text"),
+        ([None], "prompt 0 is empty or no flat list"),
         (["text"], "no tokenizer: give prompts as token ids"),
         ([[{"role": "user", "content": "hi"}]], "no tokenizer"),
     ],
@@ -156,6 +161,13 @@ def test_a_full_context_ends_the_answer():
 def test_bad_prompts_are_named(prompts, message):
     with pytest.raises(InputError, match=message):
         MODELS["tiny"].generate(prompts)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, jnp.array], ids=lambda k: k.__name__)
+def test_one_row_of_ids_is_one_prompt_in_any_form(kind):
+    (result,) = MODELS["tiny"].generate(kind([3, 4, 5]), 2)
+    (wanted,) = MODELS["tiny"].generate([[3, 4, 5]], 2)
+    assert result.tokens == wanted.tokens
 
 
 def test_text_features_need_a_tokenizer():
@@ -170,6 +182,9 @@ def test_text_features_need_a_tokenizer():
         ({"tokens": [[3], [3, 4]]}, "pad rows of different lengths"),
         ({"tokens": [[3.0]]}, "tokens must be an array of integers"),
         ({"tokens": [[64]]}, r"tokens must lie in 0 \.\. 63"),
+        ({"tokens": np.array([[2**32 + 3]])}, "tokens has values that do not fit 32 bits"),
+        ({"tokens": [[3, 4]], "lengths": [2**32 + 1]}, "lengths has values that do not fit"),
+        ({"tokens": [[3] * 600]}, "tokens has rows of 600, the context is 512"),
         ({"tokens": [[3, 4]], "lengths": [3]}, r"lengths must be 1 numbers in 0 \.\. 2"),
         ({"tokens": [[3, 4]], "lengths": [1, 1]}, "lengths must be 1 numbers"),
         (

@@ -120,14 +120,25 @@ def test_the_mapping_is_the_modules_own_tree():
         assert len(set(names)) == len(names)
 
 
-def test_saving_replaces_a_checkpoint_but_nothing_else(tmp_path, saved):
+def test_saving_replaces_a_checkpoint_but_nothing_else(monkeypatch, tmp_path, saved):
     model = zaya_jax.load(saved)
     model.save(tmp_path / "model")
     model.save(tmp_path / "model")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(CheckpointError, match="mine: exists and is no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"mine: holds 'thesis\.txt' too, so it is not"):
         model.save(tmp_path / "mine")
+    (tmp_path / "model" / ".git").mkdir()
+    with pytest.raises(CheckpointError, match=r"model: holds '\.git' too"):
+        model.save(tmp_path / "model")
+    (tmp_path / "model" / ".git").rmdir()
+    (tmp_path / "note").write_text("")
+    with pytest.raises(CheckpointError, match="note: is a file"):
+        model.save(tmp_path / "note")
+    (tmp_path / "note").unlink()
+    monkeypatch.chdir(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="is the current directory"):
+        model.save(".")
     with pytest.raises(CheckpointError, match=r"thesis\.txt.*: cannot be written"):
         model.save(tmp_path / "mine" / "thesis.txt" / "model")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "model"]
@@ -145,6 +156,38 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(monkeypatch, tmp_path, sa
         model.save(tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     zaya_jax.load(tmp_path / "model")
+
+
+def test_an_interrupt_at_the_last_moment_brings_the_old_checkpoint_back(
+    monkeypatch, tmp_path, saved
+):
+    model, rename = zaya_jax.load(saved), Path.rename
+    model.save(tmp_path / "model")
+
+    def interrupted(source, target):
+        if source.name == "checkpoint":
+            raise KeyboardInterrupt
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.save(tmp_path / "model")
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    zaya_jax.load(tmp_path / "model")
+
+
+def test_values_that_do_not_fit_the_dtype_are_refused(folder):
+    edit_tensors(folder, lambda t: t.update({NORM: np.full(32, 1e6, np.float32)}))
+    with pytest.raises(CheckpointError, match=r"norm.* has values too large for float16"):
+        zaya_jax.load(folder, "float16")
+    zaya_jax.load(folder, "bfloat16")
+
+
+def copy_tokenizer(folder: Path) -> None:
+    """nano's tokenizer, so that a template beside it is read, and room for its tokens."""
+    shutil.copy(loading.NANO / "tokenizer.json", folder)
+    edit_json(folder / CONFIG, lambda c: c.update(vocab_size=400))
 
 
 def drop(name):
@@ -256,7 +299,42 @@ DAMAGE = {
     ),
     "index leaves the folder": (
         shard(lambda f: edit_json(f / INDEX, lambda i: i["weight_map"].update(x="../a"))),
-        "shard '../a' is not a plain file name",
+        r"shard '\.\./a' is not the name of a safetensors file",
+    ),
+    "index names a folder": (
+        shard(lambda f: edit_json(f / INDEX, lambda i: i["weight_map"].update(x=".."))),
+        r"shard '\.\.' is not the name of a safetensors file",
+    ),
+    "weights a folder": (
+        lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()),
+        "model.safetensors: cannot be read",
+    ),
+    "dtype a list": (
+        lambda f: edit_header(f, lambda h: h.replace(b'"dtype":"F32"', b'"dtype":["F3"]', 1)),
+        "damaged header entry for tensor",
+    ),
+    "nesting without end": (
+        lambda f: (f / CONFIG).write_text("[" * 200_000),
+        "config.json: not valid JSON",
+    ),
+    "template a folder": (
+        lambda f: (copy_tokenizer(f), (f / "chat_template.jinja").mkdir()),
+        "chat_template.jinja: cannot be read",
+    ),
+    "template not text": (
+        lambda f: (copy_tokenizer(f), (f / "chat_template.jinja").write_bytes(b"\xff")),
+        "chat_template.jinja: holds no chat template",
+    ),
+    "template broken": (
+        lambda f: (copy_tokenizer(f), (f / "chat_template.jinja").write_text("{% if %}")),
+        "chat_template.jinja: chat template:",
+    ),
+    "template a number": (
+        lambda f: (
+            copy_tokenizer(f),
+            (f / "tokenizer_config.json").write_text('{"chat_template": 5}'),
+        ),
+        "tokenizer_config.json: holds no chat template",
     ),
     "index no JSON": (shard(lambda f: (f / INDEX).write_text("{")), "index.json: not valid JSON"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "has neither model.safetensors nor"),
@@ -295,6 +373,7 @@ def test_paths_that_are_no_checkpoint(tmp_path, monkeypatch):
     for path, message in {
         tmp_path / "nowhere": "nowhere: no such folder",
         tmp_path / "file": "file: is a file, expected a checkpoint folder",
+        "x" * 5000: "no path can be that long",
         "./nowhere": "nowhere: no such folder",
     }.items():
         with pytest.raises(CheckpointError, match=message):

@@ -9,7 +9,7 @@ from helpers import CONFIGS, ODD, TINY, assert_close, random_params, random_toke
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zaya_jax import forward, head, init, init_state
+from zaya_jax import InputError, forward, head, init, init_state
 from zaya_jax.config import PRESETS, ZayaConfig
 from zaya_jax.layouts import stack, unstack
 from zaya_jax.model import parameter_counts
@@ -274,5 +274,17 @@ def test_forward_is_traced_once_per_shape():
 
 def test_segments_cannot_be_combined_with_a_state():
     tokens = random_tokens(1, 1, 4)
-    with pytest.raises(ValueError, match="segment_ids"):
+    with pytest.raises(InputError, match="segment_ids"):
         forward(PARAMS["tiny"], TINY, tokens, segment_ids=tokens, new_lengths=np.array([4]))
+
+
+def test_what_compiled_code_cannot_refuse_becomes_nan():
+    """A row that overflows its state, and a forced expert that does not exist; other rows go on."""
+    state = init_state(PARAMS["tiny"], TINY, 2, 4)
+    tokens, counts = random_tokens(2, 2, 6), np.array([6, 4])
+    hidden = run(PARAMS["tiny"], TINY, tokens, new_lengths=counts, state=state).hidden
+    assert np.isnan(hidden[0]).all() and np.isfinite(hidden[1, :4]).all()
+    forced = np.full((2, 6, 2), 255, np.uint8)
+    forced[0, 3, 0] = TINY.num_experts + 1
+    hidden = run(PARAMS["tiny"], TINY, tokens, forced_experts=forced).hidden
+    assert np.isnan(hidden[0, 3]).all() and np.isfinite(hidden[1]).all()

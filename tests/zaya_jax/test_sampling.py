@@ -94,6 +94,12 @@ def test_a_rows_token_depends_on_its_seed_request_and_position_alone():
     assert (tokens(0, 0) != tokens(1, 0)).any() and (tokens(0, 0) != tokens(0, 1)).any()
 
 
+def test_the_smallest_top_p_keeps_the_most_probable_token():
+    logits = jnp.asarray(np.random.default_rng(2).standard_normal((8, VOCAB)), jnp.float32)
+    out = draw(logits, request(8, top_p=1e-45), jnp.zeros(8, jnp.int32))
+    np.testing.assert_array_equal(out.token, logits.argmax(-1))
+
+
 def test_greedy_takes_the_most_probable_token():
     logits = jnp.asarray(np.random.default_rng(1).standard_normal((8, VOCAB)), jnp.float32)
     out = draw(logits, request(8, temperature=0.0), jnp.zeros(8, jnp.int32))
@@ -106,7 +112,11 @@ def test_greedy_takes_the_most_probable_token():
     "bad",
     [
         {"max_new_tokens": 0},
+        {"max_new_tokens": 2.5},
+        {"max_new_tokens": None},
         {"temperature": -1},
+        {"temperature": 1e-6},
+        {"temperature": "1"},
         {"temperature": float("nan")},
         {"top_p": 0},
         {"top_p": 1.1},
@@ -114,6 +124,8 @@ def test_greedy_takes_the_most_probable_token():
         {"min_p": 2},
         {"seed": -1},
         {"stop": ("",)},
+        {"stop": [5]},
+        {"stop": None},
     ],
 )
 def test_settings_out_of_range_are_named(bad):

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from zaya_jax import CheckpointError, InputError, ZayaConfig
 from zaya_jax.text.chat import ChatTemplate, split_thinking
-from zaya_jax.text.tokenizer import Tokenizer
+from zaya_jax.text.tokenizer import TextStream, Tokenizer
 
 SPECIAL = ["<pad>", "<bos>", "<|im_end|>", "<|im_start|>"]
 
@@ -75,10 +75,32 @@ def test_the_checkpoints_own_template_wins(folder, tmp_path):
         assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
+def test_a_template_sees_what_transformers_gives_it(folder, tmp_path):
+    """Named templates, special tokens, JSON options, dates, and marked assistant text."""
+    source = (
+        "{{ bos_token }}{{ eos_token }}{{ pad_token }} {% generation %}x{% endgeneration %} "
+        "{{ messages | tojson(separators=(',', ':'), ensure_ascii=True) }} {{ strftime_now('%Y') }}"
+    )
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": source}]
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    text = Tokenizer.from_folder(tmp_path, CONFIG).template.render([{"role": "a", "content": "é"}])
+    assert text.startswith('<bos><|im_end|><pad> x [{"role":"a","content":"\\u00e9"}] 20')
+
+
 def test_a_template_cannot_reach_python():
-    template = ChatTemplate("{{ messages.__class__.__mro__ }}", "")
+    template = ChatTemplate("{{ messages.__class__.__mro__ }}", {})
     with pytest.raises(InputError, match="chat template refuses"):
         template.render([{"role": "user", "content": "x"}])
+
+
+def test_truncation_and_padding_of_the_tokenizer_file_are_off(folder, tmp_path):
+    core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    core.enable_truncation(5)
+    core.enable_padding(length=12)
+    core.save(str(tmp_path / "tokenizer.json"))
+    text = "longer than five"
+    assert len(Tokenizer.from_folder(tmp_path, CONFIG).encode(text)) == len(text)
 
 
 @pytest.mark.parametrize(
@@ -92,15 +114,13 @@ def test_a_template_cannot_reach_python():
 )
 def test_bad_messages_are_named(messages, message):
     with pytest.raises(InputError, match=message):
-        ChatTemplate(None, "").render(messages)
+        ChatTemplate(None, {}).render(messages)
 
 
-def test_template_faults_are_named():
-    with pytest.raises(CheckpointError, match="chat template:"):
-        ChatTemplate("{% if %}", "")
-    refusing = ChatTemplate("{{ raise_exception('no system role') }}", "")
-    with pytest.raises(InputError, match="no system role"):
-        refusing.render([{"role": "user", "content": "x"}])
+@pytest.mark.parametrize("source", ["{{ raise_exception('no system role') }}", "{{ 1 / 0 }}"])
+def test_a_template_that_refuses_is_named(source):
+    with pytest.raises(InputError, match=r"refuses these messages: (no system role|division)"):
+        ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folder):
@@ -144,3 +164,19 @@ def test_a_cut_character_shows_at_the_end_only(tokenizer):
         stream.add(token)
     assert stream.take() == "a"
     assert stream.take(final=True) == "\ufffd"
+
+
+def test_bytes_that_form_no_character_do_not_end_a_stream():
+    """In the byte-fallback form of Gemma's tokenizer, whose stream decoder gives up on them."""
+    pieces = ["<0x0A>", "<0xF0>", "a", "<0xE2>", "<0x82>", "<0xAC>", "▁b"]
+    core = tokenizers.Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True)
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    core.decoder = decoders.Sequence(steps)
+    for tokens, wanted in (([0, 1, 2, 6], "a b"), ([2, 3, 4, 5, 6], "a€ b"), ([1, 1, 2, 2], "aa")):
+        stream = TextStream(core, ())
+        for token in tokens:
+            stream.add(token)
+        stream.take(final=True)
+        assert stream.text.replace("\ufffd", "").strip() == wanted

@@ -5,7 +5,15 @@ from pathlib import Path
 
 from rich.table import Table
 
-from zaya_jax.cli.output import console, load_model, streaming, working, write_json
+from zaya_jax.cli.output import (
+    check_destination,
+    console,
+    load_model,
+    streaming,
+    working,
+    write_json,
+)
+from zaya_jax.errors import InputError
 from zaya_jax.evaluation.accuracy import FamilyResult, evaluate
 from zaya_jax.evaluation.families import Problem, held_out_problems
 from zaya_jax.zaya import Zaya
@@ -25,6 +33,9 @@ class Demo:
     """Also write the table to this file."""
 
     def run(self) -> None:
+        check_destination(self.json)
+        if self.shown < 0:
+            raise InputError(f"shown must not be negative, got {self.shown}")
         with working("Drawing held-out problems"):
             problems = held_out_problems(self.problems)
         model = load_model(self.model)

@@ -12,7 +12,7 @@ import jax
 
 import pallas_kernels
 from pallas_kernels.selection import default_implementation
-from zaya_jax.cli.output import console, show, write_json
+from zaya_jax.cli.output import check_destination, console, find_devices, show, write_json
 
 PACKAGES = ("zaya-jax", "jax", "jaxlib", "jax-rocm7-plugin", "jax-rocm7-pjrt", "flax", "optax")
 VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "HSA_NO_SCRATCH_RECLAIM")
@@ -26,15 +26,17 @@ class Doctor:
     """Also write the tables to this file."""
 
     def run(self) -> None:
-        devices = jax.devices()
+        check_destination(self.json)
         tables: dict[str, dict[str, Any]] = {
             "versions": {"python": platform.python_version(), **_versions()},
-            "devices": {f"{device.platform} {device.id}": device.device_kind for device in devices},
             "kernels": dict.fromkeys(_ops(), default_implementation()),
             "flags": {name: os.environ.get(name, "not set") for name in VARIABLES},
         }
         for title, values in tables.items():
             show(title.capitalize(), values)
+        devices = find_devices()  # last, as bad flags can end the process here
+        tables["devices"] = {f"{d.platform} {d.id}": d.device_kind for d in devices}
+        show("Devices", tables["devices"])
         warning = fallback_warning(tables["versions"], jax.default_backend())
         if warning is not None:
             console.print(warning, style="bold white on red", highlight=False)

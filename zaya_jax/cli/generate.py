@@ -7,10 +7,20 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from rich.text import Text
 
-from zaya_jax.cli.output import console, load_model, messages, streaming, working, write_json
+from zaya_jax.cli.output import (
+    check_destination,
+    console,
+    load_model,
+    messages,
+    streaming,
+    working,
+    write_json,
+)
 from zaya_jax.errors import InputError
 from zaya_jax.generation.generate import Generation, OnText
+from zaya_jax.generation.sampling import Sampling
 from zaya_jax.zaya import Zaya
 
 
@@ -34,20 +44,22 @@ class Generate:
     top_k: int = 0
     min_p: float = 0.0
     seed: int = 0
-    stop: tuple[str, ...] = ()
-    """Strings that end the answer."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A string that ends the answer; may be given several times."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the parameters; by default that of the checkpoint."""
     json: Path | None = None
     """Also write answers, tokens and log-probabilities to this file."""
 
     def run(self) -> None:
+        check_destination(self.json)
+        sampling = self._sampling()
         prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in self.prompts]
         if not prompts:
             raise InputError('give a prompt, as in: zaya generate "What is 12 + 34?"')
         model = load_model(self.model, self.dtype)
         start = time.perf_counter()
-        results = self._answer(model, prompts)
+        results = self._answer(model, prompts, sampling)
         seconds = time.perf_counter() - start
         tokens = sum(len(result.tokens) for result in results)
         messages.print(
@@ -59,19 +71,17 @@ class Generate:
         rows = [_as_json(prompt, result) for prompt, result in zip(prompts, results, strict=True)]
         write_json(self.json, rows)
 
-    def _answer(self, model: Zaya, prompts: list[str]) -> list[Generation]:
+    def _sampling(self) -> Sampling:
+        names = [field.name for field in dataclasses.fields(Sampling)]
+        return Sampling(**{name: getattr(self, name) for name in names})
+
+    def _answer(self, model: Zaya, prompts: list[str], sampling: Sampling) -> list[Generation]:
         """Generates, printing a single answer as it comes and several when all are there."""
 
         def generate(on_text: OnText | None) -> list[Generation]:
             return model.generate(
                 prompts if self.raw else [[{"role": "user", "content": p}] for p in prompts],
-                self.max_new_tokens,
-                self.temperature,
-                self.top_p,
-                self.top_k,
-                self.min_p,
-                self.seed,
-                self.stop,
+                **vars(sampling),
                 enable_thinking=not self.no_thinking,
                 on_text=on_text,
             )
@@ -82,8 +92,8 @@ class Generate:
         with working("Generating"):
             results = generate(None)
         for prompt, result in zip(prompts, results, strict=True):
-            console.rule(prompt.strip().partition("\n")[0], align="left")
-            console.print(result.text, markup=False, highlight=False)
+            console.rule(Text(prompt.strip().partition("\n")[0]), align="left")
+            console.file.write(f"{result.text}\n")
         return results
 
 

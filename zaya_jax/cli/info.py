@@ -31,10 +31,12 @@ class Info:
 
     def run(self) -> None:
         name = self.model or "nano"
-        is_preset = name in PRESETS and not Path(name).exists()
-        config = ZayaConfig.preset(name) if is_preset else read_config(name)
         if self.model is None:
             config = read_config(NANO)
+        elif name in PRESETS:
+            config = ZayaConfig.preset(name)
+        else:
+            config = read_config(name)
         context = config.max_position_embeddings if self.context is None else self.context
         if not 1 <= context <= config.max_position_embeddings:
             raise InputError(

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from zaya_jax.errors import ZayaError
 from zaya_jax.generation.generate import OnText
@@ -28,10 +30,16 @@ def fail(message: str) -> None:
 
 def show(title: str, values: Mapping[str, Any]) -> None:
     """A two-column table."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=Text(title), show_header=False, title_justify="left")
     for name, value in values.items():
-        table.add_row(name, str(value))
+        table.add_row(Text(name), Text(str(value)))
     console.print(table)
+
+
+def check_destination(file: Path | None) -> None:
+    """Raises ZayaError now where `write_json` could not write later."""
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise ZayaError(f"{file}: cannot be written (no such folder, or a folder itself)")
 
 
 def write_json(file: Path | None, values: Any) -> None:
@@ -63,15 +71,25 @@ def streaming(message: str) -> Iterator[OnText]:
 
         def on_text(_: int, piece: str) -> None:
             waiting.close()
-            console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+            console.file.write(piece)  # as it is: rich would turn ":x:" into pictures
             console.file.flush()
 
         yield on_text
     console.print()
 
 
+def find_devices() -> list[jax.Device]:
+    """JAX's devices. Raises ZayaError where it cannot start."""
+    try:
+        return jax.devices()
+    except Exception as error:  # JAX raises whatever its plugins raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ZayaError(f"JAX cannot start: {reason}; see JAX_PLATFORMS and XLA_FLAGS") from None
+
+
 def load_model(path: str | None, dtype: str | None = None) -> Zaya:
     """Loads a checkpoint with a progress bar; without a path, the embedded model."""
+    find_devices()
     source = NANO if path is None else path
     if not messages.is_terminal:
         with working(f"Loading {'the embedded nano model' if path is None else path}"):

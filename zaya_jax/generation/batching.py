@@ -22,7 +22,10 @@ def check_tokens(rows: Sequence[Sequence[int]], config: ZayaConfig) -> list[list
         raise InputError("no prompts given")
     checked = []
     for number, row in enumerate(rows):
-        array = np.asarray(row)
+        try:
+            array = np.asarray(row)
+        except ValueError:
+            array = np.empty((0, 0))
         if array.ndim != 1 or array.size == 0:
             raise InputError(f"prompt {number} is empty or no flat list of tokens")
         if array.dtype.kind not in "iu":

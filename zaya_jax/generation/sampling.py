@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from zaya_jax.errors import InputError
 
+MIN_TEMPERATURE = 1e-4  # below it, scaled logits overflow float32
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -35,20 +37,24 @@ class Sampling:
     stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else self.stop)
         checks = {
-            "max_new_tokens": self.max_new_tokens >= 1,
-            "temperature": 0 <= self.temperature < math.inf,
-            "top_p": 0 < self.top_p <= 1,
-            "top_k": self.top_k >= 0,
-            "min_p": 0 <= self.min_p <= 1,
-            "seed": 0 <= self.seed < 2**32,
-            "stop": all(self.stop),
+            "max_new_tokens": lambda n: n >= 1 and n == int(n),
+            "temperature": lambda t: t == 0 or MIN_TEMPERATURE <= t < math.inf,
+            "top_p": lambda p: 0 < p <= 1,
+            "top_k": lambda k: k >= 0 and k == int(k),
+            "min_p": lambda p: 0 <= p <= 1,
+            "seed": lambda seed: 0 <= seed < 2**32 and seed == int(seed),
+            "stop": lambda stop: all(isinstance(text, str) and text for text in stop),
         }
         for name, good in checks.items():
-            if not good:
-                raise InputError(f"{name} is out of range: {getattr(self, name)!r}")
+            value = getattr(self, name)
+            try:
+                fits = good(value)
+            except TypeError:
+                fits = False
+            if not fits:
+                raise InputError(f"{name} is out of range: {value!r}")
 
 
 class Request(NamedTuple):
@@ -109,7 +115,7 @@ def _truncate(scaled: jax.Array, request: Request) -> jax.Array:
     keep = (request.top_k[:, None] == 0) | (rank < request.top_k[:, None])
     probability = jax.nn.softmax(jnp.where(keep, ordered, -jnp.inf), axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    keep &= (before < request.top_p[:, None]) | (request.top_p[:, None] >= 1)
+    keep &= (before < request.top_p[:, None]) | (request.top_p[:, None] >= 1) | (rank == 0)
     keep &= probability >= request.min_p[:, None] * probability[:, :1]
     last = jnp.sum(keep, axis=-1, keepdims=True) - 1
     threshold = jnp.take_along_axis(ordered, last, axis=-1)

@@ -1,13 +1,17 @@
 """Conversations as prompts: the checkpoint's chat template, or ChatML where it has none."""
 
+import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from zaya_jax.errors import CheckpointError, InputError
+from zaya_jax.errors import InputError
 
 THINK, END_THINK = "<think>", "</think>"
 
@@ -25,20 +29,34 @@ CHATML = """\
 {% endif %}{% endif %}"""
 
 
-class ChatTemplate:
-    """Renders messages ({"role", "content"}) to prompt text with a sandboxed jinja2 template."""
+class GenerationTag(Extension):
+    """`{% generation %}` marks assistant text for training in some templates; here it is only
+    text."""
 
-    def __init__(self, source: str | None, bos_token: str):
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class ChatTemplate:
+    """Renders messages ({"role", "content"}) to prompt text with a sandboxed jinja2 template.
+
+    Templates see what transformers gives them. `tokens` are the texts of bos_token and the like.
+    Raises `jinja2.TemplateError` on a source that is no template.
+    """
+
+    def __init__(self, source: str | None, tokens: Mapping[str, str]):
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[GenerationTag, "jinja2.ext.loopcontrols"],
         )
-        environment.globals["raise_exception"] = _raise_exception
+        environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         environment.filters["tojson"] = _tojson
-        self.bos_token = bos_token
-        try:
-            self._template = environment.from_string(CHATML if source is None else source)
-        except jinja2.TemplateError as error:
-            raise CheckpointError(f"chat template: {error}") from None
+        self._tokens = tokens
+        self._template = environment.from_string(CHATML if source is None else source)
 
     def render(
         self, messages: Sequence[dict[str, Any]], *, enable_thinking: bool = True, **values: Any
@@ -66,10 +84,10 @@ class ChatTemplate:
                 messages=list(messages),
                 add_generation_prompt=True,
                 enable_thinking=enable_thinking,
-                bos_token=self.bos_token,
+                **self._tokens,
                 **values,
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program, and fails in as many ways
             raise InputError(f"the chat template refuses these messages: {error}") from None
 
 
@@ -100,5 +118,21 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _strftime_now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
 
 from convert.safetensors_io import read_json
 from zaya_jax.config import ZayaConfig
-from zaya_jax.errors import CheckpointError
+from zaya_jax.errors import CheckpointError, InputError
 from zaya_jax.text.chat import ChatTemplate
 
 TOKENIZER = "tokenizer.json"
@@ -36,20 +37,30 @@ class Tokenizer:
             core = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{file}: not a tokenizer ({error})") from None
+        core.no_truncation()
+        core.no_padding()
         if (size := core.get_vocab_size()) > config.vocab_size:
             raise CheckpointError(
                 f"{file}: has {size} tokens, more than the model's vocab_size {config.vocab_size}"
             )
-        files = {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).exists()}
-        settings = read_json(folder / SETTINGS) if SETTINGS in files else {}
-        source = settings.get("chat_template")
-        if TEMPLATE in files:
-            source = files[TEMPLATE].decode("utf-8")
-        bos = core.id_to_token(config.bos_token_id) or ""
-        return cls(core, ChatTemplate(source if isinstance(source, str) else None, bos), files)
+        try:
+            names = [name for name in CARRIED if (folder / name).exists()]
+            files = {name: (folder / name).read_bytes() for name in names}
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from None
+        ids = {
+            "bos_token": config.bos_token_id,
+            "eos_token": config.eos_token_ids[0],
+            "pad_token": config.pad_token_id,
+        }
+        tokens = {name: "" if i is None else core.id_to_token(i) or "" for name, i in ids.items()}
+        return cls(core, _template(folder, files, tokens), files)
 
     def encode(self, text: str) -> list[int]:
-        return self._core.encode(text, add_special_tokens=False).ids
+        try:
+            return self._core.encode(text, add_special_tokens=False).ids
+        except TypeError:  # what the library says of a lone surrogate
+            raise InputError("the prompt is no valid Unicode text") from None
 
     def decode(self, tokens: Sequence[int], *, skip_special: bool = False) -> str:
         return self._core.decode(list(tokens), skip_special_tokens=skip_special)
@@ -69,6 +80,26 @@ class Tokenizer:
             (folder / name).write_bytes(content)
 
 
+def _template(folder: Path, files: dict[str, bytes], tokens: dict[str, str]) -> ChatTemplate:
+    """The checkpoint's chat template: a file of its own, or part of the settings, or ours."""
+    file, source = folder / TEMPLATE, None
+    try:
+        if TEMPLATE in files:
+            source = files[TEMPLATE].decode("utf-8")
+        elif SETTINGS in files:
+            file = folder / SETTINGS
+            source = read_json(file).get("chat_template")
+        if isinstance(source, list):  # several, by name
+            source = {entry["name"]: entry["template"] for entry in source}["default"]
+        if not isinstance(source, str | None):
+            raise TypeError
+        return ChatTemplate(source, tokens)
+    except (UnicodeDecodeError, TypeError, KeyError):
+        raise CheckpointError(f"{file}: holds no chat template that can be read") from None
+    except TemplateError as error:
+        raise CheckpointError(f"{file}: chat template: {error}") from None
+
+
 class TextStream:
     """Text of a growing list of tokens, given out in whole characters and never past a stop
     string."""
@@ -82,7 +113,11 @@ class TextStream:
 
     def add(self, token: int) -> bool:
         """Appends a token; True where the text now holds a stop string, before which it is cut."""
-        piece = self._decoder.step(self._core, token)
+        try:
+            piece = self._decoder.step(self._core, token)
+        except Exception:  # the library gives up on bytes that form no character, and stays so
+            piece = self._decode_pending(token)
+            self._decoder = DecodeStream(skip_special_tokens=False)
         self._pending = [*self._pending, token] if piece is None else []
         self.text += piece or ""
         cuts = [self.text.find(stop) for stop in self._stop if stop in self.text]
@@ -94,7 +129,7 @@ class TextStream:
         """What is new since the last call; the start of a possible stop string is held back until
         `final`."""
         if final and self._pending:
-            self.text += self._core.decode(self._pending, skip_special_tokens=False)
+            self.text += self._decode_pending()
             self._pending = []
         end = len(self.text)
         if not final:
@@ -102,6 +137,9 @@ class TextStream:
         piece = self.text[self._given : end]
         self._given = max(self._given, end)
         return piece
+
+    def _decode_pending(self, *more: int) -> str:
+        return self._core.decode([*self._pending, *more], skip_special_tokens=False)
 
     def _overlap(self, stop: str) -> int:
         """How much of the end of the text could be the beginning of `stop`."""
