@@ -5,8 +5,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.precision import exact
 
-# Scores held at once, in elements: 64 MiB of float32.
-SCORE_BUDGET = 1 << 24
+# Scores held at once, in elements: 16 MiB of float32.
+SCORE_BUDGET = 1 << 22
 MASKED = -1e30
 
 

@@ -64,8 +64,8 @@ def moe(
         run = jax.checkpoint(lambda t: t + one_round(number))
         return jax.lax.cond(needed, run, lambda t: t, total), None
 
-    zeros = jnp.zeros((tokens, down.shape[1]), jnp.float32)
-    out, _ = jax.lax.scan(step, zeros, jnp.arange(-(-tokens // capacity)))
+    rounds = -(-tokens // capacity)
+    out, _ = jax.lax.scan(step, one_round(jnp.int32(0)), jnp.arange(1, rounds))
     return jnp.where(real, weight, 0.0)[:, None] * out
 
 
