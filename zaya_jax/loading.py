@@ -96,9 +96,9 @@ def save(
             folder.mkdir()
             _write(tensors, config, tokenizer, folder)
             _swap_in(folder, path, Path(temporary) / "replaced")
+    except CheckpointError:
+        raise
     except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{path}: cannot be written ({error})") from None
 
 

@@ -87,6 +87,19 @@ def test_the_last_token_is_recorded_but_never_forwarded():
     np.testing.assert_array_equal(block.request.remaining, [0, 3])
 
 
+def test_a_snapshot_outlives_the_donated_state_it_was_taken_from():
+    params, config = MODELS["tiny"].params, NEVER
+    state = init_state(params, config, 1, 32)
+    prefill = prefill_chunk(params, config, random_tokens(5, 1, 8), np.array([8]), state)
+    rows = [generation._Row(0, [3], config, generation.Sampling(max_new_tokens=6), None)]
+    request = generation._request(rows, 1, config, generation.Sampling(temperature=0))
+    kept, logits_kept = prefill.state.snapshot(), jnp.copy(prefill.last_logits)
+    once = decode_block(params, config, prefill.state, prefill.last_logits, request, 6)
+    again = decode_block(params, config, kept, logits_kept, request, 6)
+    np.testing.assert_array_equal(once.tokens, again.tokens)
+    assert prefill.state.lengths.is_deleted() and (np.asarray(once.tokens) >= 0).all()
+
+
 def test_blocks_of_any_size_give_the_same_tokens(monkeypatch):
     model = MODELS["tiny"]
     wanted = model.generate(PROMPTS, 10)

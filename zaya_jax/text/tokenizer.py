@@ -62,8 +62,8 @@ class Tokenizer:
         except TypeError:  # what the library says of a lone surrogate
             raise InputError("the prompt is no valid Unicode text") from None
 
-    def decode(self, tokens: Sequence[int], *, skip_special: bool = False) -> str:
-        return self._core.decode(list(tokens), skip_special_tokens=skip_special)
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._core.decode(list(tokens), skip_special_tokens=False)
 
     def encode_chat(
         self, messages: Sequence[dict[str, Any]], *, enable_thinking: bool = True
