@@ -3,7 +3,9 @@
 from zaya_jax.config import PRESETS, Rope, ZayaConfig
 from zaya_jax.errors import CheckpointError, ConfigError, InputError, ZayaError
 from zaya_jax.generation.batching import from_left_padded
-from zaya_jax.generation.generate import Generation
+from zaya_jax.generation.engine import Engine
+from zaya_jax.generation.rows import Generation, Interrupted
+from zaya_jax.generation.sampling import Sampling
 from zaya_jax.loading import load
 from zaya_jax.model import Output, forward, head, init, init_state
 from zaya_jax.sharding import make_mesh
@@ -15,10 +17,13 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DecodeState",
+    "Engine",
     "Generation",
     "InputError",
+    "Interrupted",
     "Output",
     "Rope",
+    "Sampling",
     "Zaya",
     "ZayaConfig",
     "ZayaError",

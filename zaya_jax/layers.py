@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.norm import api as norm
-from pallas_kernels.precision import exact
+from pallas_kernels.precision import product
 from zaya_jax.config import Rope
 
 INIT = nn.initializers.normal(0.02)
@@ -17,13 +17,7 @@ def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> ja
 
     Full float32 products where the weight is float32; GPUs would round the operands otherwise.
     """
-    out = jax.lax.dot_general(
-        x.astype(weight.dtype),
-        weight,
-        (((x.ndim - 1,), (1,)), ((), ())),
-        precision=exact(weight.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    out = product(x.astype(weight.dtype), weight)
     return out if bias is None else out + bias.astype(jnp.float32)
 
 

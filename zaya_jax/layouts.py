@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from zaya_jax.config import ZayaConfig
 from zaya_jax.errors import ConfigError
@@ -47,3 +48,24 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
     }
     del out["params"]["layers"][0]["mlp"]["gate"]["router_states_scale"]
     return {name: {**tree, "layers": tuple(tree["layers"])} for name, tree in out.items()}
+
+
+def split_experts(params: dict[str, Any]) -> dict[str, Any]:
+    """The canonical tree with a tuple of one array per expert, [2 F, D] and [D, F], in place of
+    each of the experts' arrays.
+
+    XLA's CPU backend then reads the chosen experts in place; it would copy them out of one array.
+    There the new arrays share the old ones' memory; elsewhere they are copies.
+    """
+
+    def split(leaf: jax.Array) -> tuple[jax.Array, ...]:
+        if leaf.devices() != {jax.devices("cpu")[0]}:
+            return tuple(leaf)
+        return tuple(jax.device_put(part, may_alias=True) for part in np.asarray(leaf))
+
+    def layer(tree: dict[str, Any]) -> dict[str, Any]:
+        experts = {name: split(leaf) for name, leaf in tree["mlp"]["experts"].items()}
+        return {**tree, "mlp": {**tree["mlp"], "experts": experts}}
+
+    layers = tuple(layer(tree) for tree in params["params"]["layers"])
+    return {**params, "params": {**params["params"], "layers": layers}}

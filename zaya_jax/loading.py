@@ -60,7 +60,8 @@ def load(
     if mesh is not None:
         check_mesh(config, mesh)
     tokenizer = Tokenizer.from_folder(folder, config)
-    return Zaya(_read(folder, config, dtype, mesh, on_progress), config, tokenizer)
+    params = _read(folder, config, dtype, mesh, on_progress)
+    return Zaya(params, config, tokenizer, mesh)
 
 
 def read_config(path_or_hub_id: str | os.PathLike[str]) -> ZayaConfig:

@@ -206,20 +206,18 @@ def forward(
     """
     if segment_ids is not None and (state is not None or new_lengths is not None):
         raise InputError("segment_ids cannot be combined with state or new_lengths")
-    where = place_tokens(tokens, segment_ids, new_lengths, state)
+    lengths = None if state is None else state.lengths
+    where = place_tokens(tokens, segment_ids, new_lengths, lengths)
     if positions is None:
         index = where.offsets[:, None] + jnp.arange(tokens.shape[1])
         positions = index if where.age is None else where.age
-    rotary = {
-        kind: rotary_table(positions, config.head_dim, config.layer_rope(kind))
-        for kind in dict.fromkeys(config.layer_types)
-    }
+    rotary = rotary_tables(positions, config)
     h = apply_ends(params, config, "embed", tokens)
     run = _run_layers if isinstance(params["params"]["layers"], tuple) else _scan_layers
     h, layers, experts = run(params, config, h, where, rotary, state, forced_experts)
     hidden = apply_ends(params, config, "final_norm", h)
     if state is not None:
-        lengths = state.lengths + where.new_lengths
+        lengths = where.offsets + where.new_lengths
         fits = lengths <= state.capacity
         hidden = jnp.where(fits[:, None, None], hidden, jnp.nan)  # compiled code cannot raise
         state = DecodeState.from_layers(layers, lengths)
@@ -237,11 +235,12 @@ def place_tokens(
     tokens: jax.Array,
     segment_ids: jax.Array | None = None,
     new_lengths: jax.Array | None = None,
-    state: DecodeState | None = None,
+    lengths: jax.Array | None = None,
 ) -> Tokens:
-    """Where the tokens [B, S] of one call stand; the arguments are those of `forward`."""
+    """Where the tokens [B, S] of one call stand; the arguments are those of `forward`, with the
+    state's `lengths`."""
     batch, length = tokens.shape
-    offsets = jnp.zeros(batch, jnp.int32) if state is None else state.lengths
+    offsets = jnp.zeros(batch, jnp.int32) if lengths is None else lengths
     if segment_ids is not None:
         index = jnp.arange(length)
         before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
@@ -254,10 +253,55 @@ def place_tokens(
     return Tokens(valid, offsets, new_lengths, None, None)
 
 
+def rotary_tables(
+    positions: jax.Array, config: ZayaConfig
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The rotary table of each layer type, for positions [B, S]."""
+    return {
+        kind: rotary_table(positions, config.head_dim, config.layer_rope(kind))
+        for kind in dict.fromkeys(config.layer_types)
+    }
+
+
 def apply_ends(params: Params, config: ZayaConfig, method: str, x: jax.Array) -> jax.Array:
-    """One of the methods of `Ends`: "embed" [B, S], "final_norm" or "head" [B, S, D]."""
+    """One of the methods of `Ends`: "embed" [B, S], "final_norm" or "head" [B, S, D]. Of `params`,
+    only what `ends_params` gives is needed."""
+    return cast(jax.Array, Ends(config).apply(ends_params(params), x, method=method))
+
+
+def ends_params(params: Params) -> Params:
+    """The variables around the layers."""
     ends = {name: leaf for name, leaf in params["params"].items() if name != "layers"}
-    return cast(jax.Array, Ends(config).apply({"params": ends}, x, method=method))
+    return {"params": ends}
+
+
+def apply_layer(
+    layer: Params,
+    config: ZayaConfig,
+    kind: str,
+    first: bool,
+    h: jax.Array,
+    router_state: jax.Array | None,
+    where: Tokens,
+    rotary: tuple[jax.Array, jax.Array],
+    state: LayerState | None,
+    forced: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, LayerState | None, jax.Array]:
+    """One layer of an unstacked tree, of attention type `kind`.
+
+    Takes what `layer_params` gives, the stream [B, S, D] and the router state [B, S, R]; returns
+    both behind the layer, its new state, and the experts uint8 [B, S].
+    """
+    window = config.layer_window(kind)
+    out: Any = Layer(config, first).apply(
+        layer, h, router_state, where, rotary, window, state, forced
+    )
+    return out
+
+
+def layer_params(params: Params, index: int) -> Params:
+    """The variables of one layer of an unstacked tree."""
+    return {name: params[name]["layers"][index] for name in ("params", BALANCING)}
 
 
 def _run_layers(params, config, h, where, rotary, state, forced):
@@ -265,21 +309,18 @@ def _run_layers(params, config, h, where, rotary, state, forced):
     states = [None] * config.num_hidden_layers if state is None else state.layers()
     router_state, chosen = None, []
     for i, kind in enumerate(config.layer_types):
-        variables = {
-            "params": params["params"]["layers"][i],
-            BALANCING: params[BALANCING]["layers"][i],
-        }
-        out: Any = Layer(config, first=i == 0).apply(
-            variables,
+        h, router_state, states[i], experts = apply_layer(
+            layer_params(params, i),
+            config,
+            kind,
+            i == 0,
             h,
             router_state,
             where,
             rotary[kind],
-            config.layer_window(kind),
             states[i],
             None if forced is None else forced[..., i],
         )
-        h, router_state, states[i], experts = out
         chosen.append(experts)
     return h, states, jnp.stack(chosen, axis=-1)
 

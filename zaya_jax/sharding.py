@@ -51,3 +51,8 @@ def parameter_sharding(path: str, mesh: Mesh) -> NamedSharding:
         if path.endswith(end):
             axes = tuple(None if axis is None else MESH_AXES[axis] for axis in logical)
     return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Where arrays whose first axis is the batch lie: its rows are spread over the data axis."""
+    return NamedSharding(mesh, PartitionSpec("data"))

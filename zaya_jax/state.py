@@ -42,12 +42,10 @@ class LayerState(NamedTuple):
                 cache, new.astype(cache.dtype), index
             )
 
-        return LayerState(
-            write(self.k, k),
-            write(self.v, v),
-            conv_tail,
-            delayed_value,
-        )
+        # Behind the barrier, XLA updates donated caches in place; it would fuse the writes into
+        # what reads them, and copy the caches for it.
+        k, v = jax.lax.optimization_barrier((write(self.k, k), write(self.v, v)))
+        return LayerState(k, v, conv_tail, delayed_value)
 
 
 class DecodeState(NamedTuple):
@@ -90,6 +88,18 @@ class DecodeState(NamedTuple):
     def insert_rows(self, rows: jax.Array | Sequence[int], other: "DecodeState") -> "DecodeState":
         """Replaces the given rows by those of `other`, which has the same capacity."""
         return jax.tree.map(lambda x, y: x.at[jnp.asarray(rows)].set(y), self, other)
+
+    def resize(self, capacity: int) -> "DecodeState":
+        """A copy with room for `capacity` tokens, which must hold those there are."""
+        room = capacity - self.capacity
+
+        def fit(cache: jax.Array) -> jax.Array:
+            if room <= 0:
+                return jnp.copy(cache[:, :, :capacity])
+            return jnp.pad(cache, ((0, 0), (0, 0), (0, room), (0, 0)))
+
+        k, v = (tuple(fit(cache) for cache in caches) for caches in (self.k, self.v))
+        return self.snapshot()._replace(k=k, v=v)
 
     def snapshot(self) -> "DecodeState":
         """A copy in buffers of its own."""

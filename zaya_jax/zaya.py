@@ -3,15 +3,17 @@
 import dataclasses
 import os
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from zaya_jax.config import ZayaConfig
 from zaya_jax.errors import InputError
-from zaya_jax.generation.generate import Generation, OnText, generate
+from zaya_jax.generation.engine import Engine
+from zaya_jax.generation.rows import Generation, OnText
 from zaya_jax.generation.sampling import Sampling
 from zaya_jax.model import Params, forward, head
 from zaya_jax.text.tokenizer import Tokenizer
@@ -27,6 +29,12 @@ class Zaya:
     params: Params
     config: ZayaConfig
     tokenizer: Tokenizer | None = None
+    mesh: Mesh | None = None
+
+    @cached_property
+    def engine(self) -> Engine:
+        """What generates; its programs are compiled when they are first needed."""
+        return Engine(self.params, self.config, self.tokenizer, self.mesh)
 
     def logits(self, tokens: Any, lengths: Any = None, segment_ids: Any = None) -> jax.Array:
         """Next-token logits at every position: int [B, S] -> float32 [B, S, V].
@@ -63,39 +71,57 @@ class Zaya:
         top_p: float = 0.95,
         top_k: int = 0,
         min_p: float = 0.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         stop: str | Sequence[str] = (),
+        stop_tokens: Sequence[int] = (),
         *,
         enable_thinking: bool = True,
+        tools: Sequence[dict[str, Any]] = (),
         on_text: OnText | None = None,
+        batch_size: int | None = None,
     ) -> list[Generation]:
         """Continues each prompt.
 
         Args:
           prompts: a list of prompts (or one): text, which is encoded as it stands, token ids, or a
             conversation (a list of {"role", "content"}), which is rendered with the chat template.
-          max_new_tokens, temperature, top_p, top_k, min_p, seed, stop: see `Sampling`.
+            A prompt that occurs several times gets different samples.
+          max_new_tokens, temperature, top_p, top_k, min_p, stop, stop_tokens: see `Sampling`.
+          seed: of all prompts, or one for each.
           enable_thinking: for conversations; False asks for an answer without reasoning.
+          tools: for conversations; functions that the model may call, as JSON schemas.
           on_text: called with a prompt's number and each new piece of its text.
+          batch_size: rows decoded at once; by default as many as there are prompts, at most 16.
 
         Raises:
           InputError: prompts or settings that no model could run.
+          Interrupted: on Ctrl-C, with the results so far.
         """
+        seeds = [seed] if isinstance(seed, int) else list(seed)
         sampling = Sampling(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
             min_p=min_p,
-            seed=seed,
             stop=stop,
+            stop_tokens=stop_tokens,
         )
         if self.tokenizer is None and (sampling.stop or on_text is not None):
             raise InputError(
                 "this checkpoint has no tokenizer, so no stop strings and no streamed text"
             )
-        rows = [self._encode(prompt, enable_thinking) for prompt in _as_list(prompts)]
-        return generate(self.params, self.config, rows, sampling, self.tokenizer, on_text)
+        rows = [self._encode(prompt, enable_thinking, tools) for prompt in _as_list(prompts)]
+        if isinstance(seed, int):
+            seeds = seeds * len(rows)
+        each = [dataclasses.replace(sampling, seed=one) for one in seeds]
+        return self.engine.run(rows, each, on_text, batch_size=batch_size)
+
+    def warmup(
+        self, batch_size: int = 1, prompt_tokens: int = 64, max_new_tokens: int = 256
+    ) -> float:
+        """Compiles ahead what such requests need; see `Engine.warmup`."""
+        return self.engine.warmup(batch_size, prompt_tokens, max_new_tokens)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a Hugging Face folder that `load` and transformers read."""
@@ -103,7 +129,9 @@ class Zaya:
 
         save(self.params, self.config, path, self.tokenizer)
 
-    def _encode(self, prompt: Prompt, enable_thinking: bool) -> Sequence[int]:
+    def _encode(
+        self, prompt: Prompt, enable_thinking: bool, tools: Sequence[dict[str, Any]]
+    ) -> Sequence[int]:
         """Token ids of text or of a conversation; ids are returned as they are."""
         conversation = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
         if not isinstance(prompt, str) and not conversation:
@@ -112,7 +140,7 @@ class Zaya:
             raise InputError("this checkpoint has no tokenizer: give prompts as token ids")
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        return self.tokenizer.encode_chat(prompt, enable_thinking=enable_thinking)  # type: ignore[arg-type]
+        return self.tokenizer.encode_chat(prompt, enable_thinking=enable_thinking, tools=tools)  # type: ignore[arg-type]
 
 
 @partial(jax.jit, static_argnums=1)

@@ -11,13 +11,17 @@ Shapes: T tokens of D channels, E experts of F hidden channels.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.precision import exact
+from pallas_kernels.precision import FEWEST_ROWS, exact, product
 
 MAX_CAPACITY = 512
+TILE = 64  # tokens that go through a split expert at once
+
+# One array for all experts, or one for each ("split").
+Experts = jax.Array | tuple[jax.Array, ...]
 
 
 def moe(
-    x: jax.Array, expert: jax.Array, weight: jax.Array, gate_up: jax.Array, down: jax.Array
+    x: jax.Array, expert: jax.Array, weight: jax.Array, gate_up: Experts, down: Experts
 ) -> jax.Array:
     """Sends each token through its expert, weight * down(silu(gate) * up).
 
@@ -26,14 +30,18 @@ def moe(
       expert: int32 [T]; a number outside 0 .. E - 1 (skip class, padding) takes the token through
         none.
       weight: float32 [T].
-      gate_up: [E, 2 F, D], the gate's rows first.
-      down: [E, D, F].
+      gate_up: [E, 2 F, D], the gate's rows first, or E arrays [2 F, D].
+      down: [E, D, F], or E arrays [D, F].
 
     Returns:
       float32 [T, D]; zero for tokens without an expert.
     """
-    tokens, experts = x.shape[0], gate_up.shape[0]
+    tokens, experts = x.shape[0], len(gate_up)
     real = (expert >= 0) & (expert < experts)
+    if isinstance(gate_up, tuple) or isinstance(down, tuple):
+        expert = jnp.where(real, expert, experts)
+        out = _split_experts(x, expert, tuple(gate_up), tuple(down))
+        return jnp.where(real, weight, 0.0)[:, None] * jnp.where(real[:, None], out, 0.0)
     if 2 * tokens <= experts:
         picked = jnp.where(real, expert, 0)
         out = _expert_mlp(x[:, None], gate_up[picked], down[picked])[:, 0]
@@ -67,6 +75,39 @@ def moe(
     rounds = -(-tokens // capacity)
     out, _ = jax.lax.scan(step, one_round(jnp.int32(0)), jnp.arange(1, rounds))
     return jnp.where(real, weight, 0.0)[:, None] * out
+
+
+def _split_experts(
+    x: jax.Array, expert: jax.Array, gate_up: tuple[jax.Array, ...], down: tuple[jax.Array, ...]
+) -> jax.Array:
+    """One expert after the other, each for the tiles of tokens that chose it: the weights of the
+    others are not read, and those of one are read in place.
+
+    float32 [T, D], undefined for tokens whose expert is E.
+    """
+    tokens = x.shape[0]
+    tile = min(max(tokens, FEWEST_ROWS), TILE)
+    order = jnp.argsort(expert, stable=True)
+    counts = jnp.bincount(expert, length=len(gate_up) + 1)
+    starts = jnp.cumsum(counts) - counts
+    rows = jnp.pad(x[order], ((0, tile), (0, 0)))
+    out = jnp.zeros(rows.shape, jnp.float32)
+    for number, weights in enumerate(zip(gate_up, down, strict=True)):
+
+        def one_tile(i, out, start=starts[number], weights=weights):
+            # What a tile writes beyond its expert's tokens, the experts after it write over.
+            place = start + i * tile
+            y = _mlp(jax.lax.dynamic_slice_in_dim(rows, place, tile), *weights)
+            return jax.lax.dynamic_update_slice_in_dim(out, y, place, 0)
+
+        out = jax.lax.fori_loop(0, -(-counts[number] // tile), one_tile, out)
+    return jnp.zeros((tokens, x.shape[1])).at[order].set(out[:tokens])
+
+
+def _mlp(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+    """One gated MLP: [T, D] -> float32 [T, D]."""
+    gate, up = jnp.split(product(x, gate_up), 2, axis=-1)
+    return product((jax.nn.silu(gate) * up).astype(x.dtype), down)
 
 
 def _expert_mlp(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:

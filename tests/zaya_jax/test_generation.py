@@ -1,5 +1,6 @@
 """Generation against the plain forward pass, and its faults."""
 
+import contextlib
 import dataclasses
 
 import chex
@@ -10,15 +11,26 @@ import pytest
 from helpers import ODD, TINY, logits, random_params, random_tokens, run, run_head
 
 from zaya_jax import InputError, Zaya, from_left_padded, init_state
-from zaya_jax.generation import generate as generation
-from zaya_jax.generation import step
+from zaya_jax.generation import engine as generation
+from zaya_jax.generation.engine import _request
+from zaya_jax.generation.rows import Row
+from zaya_jax.generation.sampling import Sampling
 from zaya_jax.generation.step import decode_block, insert_rows, prefill_chunk
+from zaya_jax.layouts import stack
 
 MODELS = {
     "tiny": Zaya(random_params(TINY), TINY),
     "odd": Zaya(random_params(ODD), ODD),
 }
 NEVER = dataclasses.replace(TINY, eos_token_ids=(0,), pad_token_id=0)
+
+
+def rows_of(*budgets, **settings):
+    """A core request for rows that may sample so many tokens."""
+    samplings = (Sampling(max_new_tokens=n, **settings) for n in budgets)
+    return _request([Row(0, i, [3], NEVER, one, None) for i, one in enumerate(samplings)])
+
+
 PROMPTS = [random_tokens(20 + n, n).tolist() for n in (9, 1, 30)]
 
 
@@ -70,16 +82,7 @@ def test_the_last_token_is_recorded_but_never_forwarded():
     state = init_state(params, config, 2, 32)
     prompt = random_tokens(1, 2, 4)
     prefill = prefill_chunk(params, config, prompt, np.array([4, 4]), state)
-    request = generation._request(
-        [
-            generation._Row(i, [3], config, generation.Sampling(max_new_tokens=n), None)
-            for i, n in enumerate((3, 8))
-        ],
-        2,
-        config,
-        generation.Sampling(),
-    )
-    block = decode_block(params, config, prefill.state, prefill.last_logits, request, 5)
+    block = decode_block(params, config, prefill.state, prefill.last_logits, rows_of(3, 8), 5)
     np.testing.assert_array_equal(block.state.lengths, [4 + 2, 4 + 5])
     np.testing.assert_array_equal((np.asarray(block.tokens) >= 0).sum(1), [3, 5])
     assert (np.asarray(block.experts)[0, 2:] == 255).all()
@@ -91,13 +94,12 @@ def test_a_snapshot_outlives_the_donated_state_it_was_taken_from():
     params, config = MODELS["tiny"].params, NEVER
     state = init_state(params, config, 1, 32)
     prefill = prefill_chunk(params, config, random_tokens(5, 1, 8), np.array([8]), state)
-    rows = [generation._Row(0, [3], config, generation.Sampling(max_new_tokens=6), None)]
-    request = generation._request(rows, 1, config, generation.Sampling(temperature=0))
+    request = rows_of(6, temperature=0)
     kept, logits_kept = prefill.state.snapshot(), jnp.copy(prefill.last_logits)
     once = decode_block(params, config, prefill.state, prefill.last_logits, request, 6)
     again = decode_block(params, config, kept, logits_kept, request, 6)
     np.testing.assert_array_equal(once.tokens, again.tokens)
-    assert prefill.state.lengths.is_deleted() and (np.asarray(once.tokens) >= 0).all()
+    assert prefill.state.k[0].is_deleted() and (np.asarray(once.tokens) >= 0).all()
 
 
 def test_blocks_of_any_size_give_the_same_tokens(monkeypatch):
@@ -122,26 +124,39 @@ def test_rows_can_be_replaced_between_blocks():
     a, b = prefilled(long), prefilled(other)
     pair = insert_rows(a.state.repeat(2), [1], b.state)
     both = jnp.concatenate([a.last_logits, b.last_logits])
-    rows = [
-        generation._Row(i, [3], config, generation.Sampling(max_new_tokens=6), None) for i in (0, 1)
-    ]
-    sampling = generation.Sampling(temperature=0)
-    together = decode_block(
-        params, config, pair, both, generation._request(rows, 2, config, sampling), 6
-    )
+    together = decode_block(params, config, pair, both, rows_of(6, 6, temperature=0), 6)
     for row, one in ((0, a), (1, b)):
-        request = generation._request(rows[:1], 1, config, sampling)
+        request = rows_of(6, temperature=0)
         alone = decode_block(params, config, one.state, one.last_logits, request, 6)
         np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
 
 
-def test_nothing_recompiles_within_a_bucket():
-    model = Zaya(MODELS["tiny"].params, dataclasses.replace(TINY, max_position_embeddings=300))
-    model.generate([[3] * 20, [4] * 9], 5)
-    sizes = step.prefill_chunk._cache_size(), step.decode_block._cache_size()
-    for lengths in ((17, 3), (32, 32), (18, 1)):
-        model.generate([[5] * n for n in lengths], 7, temperature=0.5, top_k=3, seed=9)
-    assert (step.prefill_chunk._cache_size(), step.decode_block._cache_size()) == sizes
+@pytest.mark.parametrize("form", ["layers", "stacked"])
+def test_nothing_recompiles_after_a_warmup_of_the_bucket(form):
+    config = dataclasses.replace(TINY, max_position_embeddings=300)
+    params = MODELS["tiny"].params
+    model = Zaya(params if form == "layers" else stack(params, config), config)
+    model.warmup(batch_size=2, prompt_tokens=32, max_new_tokens=32)
+    with compilations() as compiled:
+        for lengths in ((17, 3), (32, 32), (18, 1), (4, 5, 6)):
+            prompts = [[5] * n for n in lengths]
+            model.generate(prompts, 17, temperature=0.5, top_k=3, seed=9, batch_size=2)
+            model.generate(prompts, 32, temperature=0, stop_tokens=[7], batch_size=2)
+    assert not compiled
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list that gets an entry for every program that JAX compiles or reads from its cache."""
+    compiled, active = [], True
+
+    def listen(event, _, **__):
+        if active and event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield compiled
+    active = False
 
 
 def test_a_full_context_ends_the_answer():
@@ -154,7 +169,6 @@ def test_a_full_context_ends_the_answer():
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([], "no prompts given"),
         ([[]], "prompt 0 is empty"),
         ([[3], []], "prompt 1 is empty"),
         ([[3, 64]], "prompt 0 has token 64, outside the vocabulary of 64"),

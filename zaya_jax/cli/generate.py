@@ -19,7 +19,7 @@ from zaya_jax.cli.output import (
     write_json,
 )
 from zaya_jax.errors import InputError
-from zaya_jax.generation.generate import Generation, OnText
+from zaya_jax.generation.rows import Generation, OnText
 from zaya_jax.generation.sampling import Sampling
 from zaya_jax.zaya import Zaya
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zaya_jax.errors import ZayaError
-from zaya_jax.generation.generate import OnText
+from zaya_jax.generation.rows import OnText
 from zaya_jax.loading import NANO, load
 from zaya_jax.zaya import Zaya
 

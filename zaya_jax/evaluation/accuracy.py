@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 
 from zaya_jax.evaluation.families import Problem, best_constant_accuracy
-from zaya_jax.generation.generate import Generation
+from zaya_jax.generation.rows import Generation
 from zaya_jax.zaya import Zaya
 
 BATCH = 128

@@ -18,8 +18,6 @@ def bucket(size: int, smallest: int = 1) -> int:
 
 def check_tokens(rows: Sequence[Sequence[int]], config: ZayaConfig) -> list[list[int]]:
     """Prompts as lists of ints. Raises InputError for ones that the model cannot read."""
-    if not len(rows):
-        raise InputError("no prompts given")
     checked = []
     for number, row in enumerate(rows):
         try:

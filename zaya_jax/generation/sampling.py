@@ -19,13 +19,14 @@ class Sampling:
     and code.
 
     Attributes:
-      max_new_tokens: at most this many tokens, at least 1.
+      max_new_tokens: at most this many tokens; 0 only reads the prompt.
       temperature: 0 takes the most probable token.
       top_p: keeps the most probable tokens that together reach this probability; 1 keeps all.
       top_k: keeps this many; 0 keeps all.
       min_p: keeps tokens at least this probable relative to the most probable one; 0 keeps all.
       seed: two runs with the same seed and prompt give the same tokens.
       stop: strings that end the text, which is cut before them.
+      stop_tokens: token ids that end it, beside those of the model's config.
     """
 
     max_new_tokens: int = 256
@@ -35,17 +36,19 @@ class Sampling:
     min_p: float = 0.0
     seed: int = 0
     stop: Sequence[str] = ()
+    stop_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else self.stop)
         checks = {
-            "max_new_tokens": lambda n: n >= 1 and n == int(n),
+            "max_new_tokens": lambda n: n >= 0 and n == int(n),
             "temperature": lambda t: t == 0 or MIN_TEMPERATURE <= t < math.inf,
             "top_p": lambda p: 0 < p <= 1,
             "top_k": lambda k: k >= 0 and k == int(k),
             "min_p": lambda p: 0 <= p <= 1,
             "seed": lambda seed: 0 <= seed < 2**32 and seed == int(seed),
             "stop": lambda stop: all(isinstance(text, str) and text for text in stop),
+            "stop_tokens": lambda ids: all(0 <= i < 2**31 and i == int(i) for i in ids),
         }
         for name, good in checks.items():
             value = getattr(self, name)
@@ -89,34 +92,70 @@ def sample(logits: jax.Array, request: Request, positions: jax.Array) -> Sample:
     """
     greedy = request.temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, request.temperature)[:, None]
-    filters = (request.top_k > 0) | (request.top_p < 1) | (request.min_p > 0)
-    kept = jax.lax.cond(jnp.any(filters), _truncate, lambda x, _: x, scaled, request)
+    best = jnp.argmax(logits, axis=-1)
 
-    def noise(seed: jax.Array, request_id: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), request_id), position)
-        return jax.random.gumbel(key, logits.shape[1:])
-
-    drawn = jnp.argmax(kept + jax.vmap(noise)(request.seed, request.request_id, positions), axis=-1)
-    token = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn)
-
-    def logprob(x: jax.Array) -> jax.Array:
+    def logprob(x: jax.Array, token: jax.Array) -> jax.Array:
         chosen = jnp.take_along_axis(x, token[:, None], axis=-1)[:, 0]
         return chosen - jax.nn.logsumexp(x, axis=-1)
 
-    sampled = jnp.where(greedy, 0.0, logprob(kept))
-    return Sample(token.astype(jnp.int32), logprob(scaled), sampled)
+    def draw(scaled: jax.Array) -> tuple[jax.Array, jax.Array]:
+        filters = (request.top_k > 0) | (request.top_p < 1) | (request.min_p > 0)
+        kept = jax.lax.cond(jnp.any(filters), _truncate, lambda x, _: x, scaled, request)
+        drawn = jnp.argmax(kept + _noise(request, positions, logits.shape[1]), axis=-1)
+        token = jnp.where(greedy, best, drawn)
+        return token, jnp.where(greedy, 0.0, logprob(kept, token))
+
+    def take_best(_: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return best, jnp.zeros_like(positions, jnp.float32)
+
+    token, sampled = jax.lax.cond(jnp.all(greedy), take_best, draw, scaled)
+    return Sample(token.astype(jnp.int32), logprob(scaled, token), sampled)
+
+
+def _noise(request: Request, positions: jax.Array, vocab_size: int) -> jax.Array:
+    def row(seed: jax.Array, request_id: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), request_id), position)
+        return jax.random.gumbel(key, (vocab_size,))
+
+    return jax.vmap(row)(request.seed, request.request_id, positions)
 
 
 def _truncate(scaled: jax.Array, request: Request) -> jax.Array:
     """-inf for the tokens that a row's top-k, then top-p, then min-p drop; ties with the last one
-    kept stay."""
-    ordered = jnp.sort(scaled, axis=-1, descending=True)
-    rank = jnp.arange(scaled.shape[-1])
-    keep = (request.top_k[:, None] == 0) | (rank < request.top_k[:, None])
-    probability = jax.nn.softmax(jnp.where(keep, ordered, -jnp.inf), axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    keep &= (before < request.top_p[:, None]) | (request.top_p[:, None] >= 1) | (rank == 0)
-    keep &= probability >= request.min_p[:, None] * probability[:, :1]
-    last = jnp.sum(keep, axis=-1, keepdims=True) - 1
-    threshold = jnp.take_along_axis(ordered, last, axis=-1)
-    return jnp.where(scaled >= threshold, scaled, -jnp.inf)
+    kept stay.
+
+    Each filter keeps the tokens from some logit on. That logit is found by bisection, as sorting a
+    vocabulary costs more than a whole decoding step.
+    """
+    largest = jnp.max(scaled, axis=-1, keepdims=True)
+    weight = jnp.exp(scaled - largest)  # proportional to the probability
+    top_k = jnp.where(request.top_k == 0, scaled.shape[-1], request.top_k)
+    bound = _bound(scaled, jnp.ones_like(scaled), top_k.astype(jnp.float32))
+    mass = jnp.sum(jnp.where(scaled >= bound, weight, 0), axis=-1)
+    nucleus = _bound(scaled, weight, request.top_p * mass)
+    bound = jnp.maximum(bound, jnp.where(request.top_p[:, None] < 1, nucleus, bound))
+    bound = jnp.maximum(bound, largest + jnp.log(request.min_p)[:, None])
+    return jnp.where(scaled >= jnp.minimum(bound, largest), scaled, -jnp.inf)
+
+
+def _bound(x: jax.Array, weight: jax.Array, limit: jax.Array) -> jax.Array:
+    """Smallest number such that the x [B, V] above it weigh less than `limit` [B]; [B, 1].
+
+    Bisects over the bit patterns of float32, in the order of the numbers.
+    """
+
+    def number(key: jax.Array) -> jax.Array:
+        bits = jnp.where(key >> 31 == 1, key ^ jnp.uint32(1 << 31), ~key)
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = ends
+        middle = low + (high - low) // 2
+        above = jnp.sum(jnp.where(x > number(middle), weight, 0), axis=-1, keepdims=True)
+        fits = above < limit[:, None]
+        return jnp.where(fits, low, middle + 1), jnp.where(fits, middle, high)
+
+    infinity = jnp.uint32(0xFF800000)
+    start = jnp.zeros((x.shape[0], 1), jnp.uint32)
+    ends = (start + ~infinity, start + infinity)
+    return number(jax.lax.fori_loop(0, 32, halve, ends)[1])

@@ -66,10 +66,16 @@ class Tokenizer:
         return self._core.decode(list(tokens), skip_special_tokens=False)
 
     def encode_chat(
-        self, messages: Sequence[dict[str, Any]], *, enable_thinking: bool = True
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        enable_thinking: bool = True,
+        tools: Sequence[dict[str, Any]] = (),
     ) -> list[int]:
         """Tokens of a conversation, up to where the assistant's answer begins."""
-        return self.encode(self.template.render(messages, enable_thinking=enable_thinking))
+        return self.encode(
+            self.template.render(messages, enable_thinking=enable_thinking, tools=tools)
+        )
 
     def stream(self, stop: Sequence[str] = ()) -> "TextStream":
         return TextStream(self._core, tuple(stop))
