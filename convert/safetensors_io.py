@@ -1,8 +1,8 @@
-"""Reading safetensors files tensor by tensor into memory of our own.
+"""Reading safetensors files tensor by tensor into memory of our own, and writing them in shards.
 
-The safetensors library maps files into memory, where the pages read count on top of the loaded
-weights; reading a tensor straight into its final buffer keeps the peak at the weights themselves,
-and lets a damaged file be named exactly.
+The safetensors library would map the files it reads into memory, where the pages read count on top
+of the loaded weights; reading a tensor straight into its final buffer keeps the peak at the weights
+themselves, and lets a damaged file be named exactly.
 """
 
 import io
@@ -10,11 +10,13 @@ import itertools
 import json
 import math
 import operator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from safetensors.numpy import save_file
 
 from zaya_jax.errors import CheckpointError
 
@@ -198,3 +200,49 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: not a JSON object")
     return value
+
+
+def write_folder(
+    folder: Path,
+    sizes: Mapping[str, int],
+    make: Callable[[list[str]], dict[str, np.ndarray]],
+    shard_bytes: int,
+) -> None:
+    """Writes the tensors of a checkpoint: as one file, or as shards with an index.
+
+    Args:
+      folder: exists.
+      sizes: bytes of each tensor, by name.
+      make: called with the names of one shard after the other, gives their tensors.
+      shard_bytes: at most, unless a single tensor is larger.
+    """
+    shards = _split(sizes, shard_bytes)
+    if len(shards) == 1:
+        _write_shard(make(shards[0]), folder / SINGLE)
+        return
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_shard(make(names), folder / file)
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _split(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def _write_shard(tensors: dict[str, np.ndarray], file: Path) -> None:
+    file.touch()
+    usual = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(usual)  # the library leaves files that only their owner can read

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.attention import api as attention
 from pallas_kernels.cca_mix import api as cca_mix
@@ -59,18 +60,23 @@ class Projections(nn.Module):
     def setup(self) -> None:
         c = self.config
         keys = c.num_key_value_heads * c.head_dim
-        self.q_proj = Linear(c.num_attention_heads * c.head_dim, c.attention_bias)
-        self.k_proj = Linear(keys, c.attention_bias)
-        self.v_proj_current = Linear(keys // 2, c.attention_bias)
-        self.v_proj_delayed = Linear(keys // 2, c.attention_bias)
+        self.sizes = (c.num_attention_heads * c.head_dim, keys, keys // 2, keys // 2)
+        self.q_proj, self.k_proj, self.v_proj_current, self.v_proj_delayed = (
+            Linear(size, c.attention_bias) for size in self.sizes
+        )
+        self.fused = Linear(sum(self.sizes), c.attention_bias)  # all four, of `layouts.for_cpu`
         self.conv_qk_depthwise = Convolution(c.conv_channels, 1, c.cca_time0)
         self.conv_qk_grouped = Convolution(c.conv_channels, c.head_dim, c.cca_time1)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        if self.has_variable("params", "fused"):
+            ends = np.cumsum(self.sizes)[:-1]
+            q, k, current, delayed = jnp.split(self.fused(x), ends, axis=-1)
+            return q, k, current, delayed
         return self.q_proj(x), self.k_proj(x), self.v_proj_current(x), self.v_proj_delayed(x)
 
     def mixing(self, temperature: jax.Array) -> cca_mix.Weights:
-        initial = self.v_proj_delayed(jnp.zeros((self.config.hidden_size,), temperature.dtype))
+        *_, initial = self(jnp.zeros((self.config.hidden_size,), temperature.dtype))
         return cca_mix.Weights(
             *self.conv_qk_depthwise(), *self.conv_qk_grouped(), temperature, initial
         )

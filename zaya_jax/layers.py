@@ -1,18 +1,20 @@
 """The small modules every layer shares: linear maps, RMSNorm, residual scaling, and the rotary
 table."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.norm import api as norm
-from pallas_kernels.precision import product
+from pallas_kernels.product import Weight, product
 from zaya_jax.config import Rope
 
 INIT = nn.initializers.normal(0.02)
 
 
-def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+def linear(x: jax.Array, weight: Weight, bias: jax.Array | None = None) -> jax.Array:
     """x [..., in], rounded to the weight's dtype, times weight [out, in]: float32 [..., out].
 
     Full float32 products where the weight is float32; GPUs would round the operands otherwise.
@@ -30,11 +32,19 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param("weight", INIT, (self.features, x.shape[-1]))
+        weight = parameter(self, "weight", INIT, (self.features, x.shape[-1]))
         bias = (
             self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         )
         return linear(x, weight, bias)
+
+
+def parameter(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
+    """A parameter that is created with that shape, but may be held in another form
+    (`layouts.for_cpu`)."""
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init, shape)
 
 
 class RMSNorm(nn.Module):

@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,12 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from convert.mapping import mapping
-from convert.safetensors_io import INDEX, SINGLE, Tensor, read_folder, read_json
+from convert.safetensors_io import INDEX, Tensor, read_folder, read_json, write_folder
 from zaya_jax.config import ZayaConfig
 from zaya_jax.errors import CheckpointError, ConfigError
+from zaya_jax.layouts import for_cpu, is_for_cpu
 from zaya_jax.model import Params
 from zaya_jax.sharding import check_mesh, parameter_sharding
 from zaya_jax.text.tokenizer import CARRIED, Tokenizer
@@ -37,6 +37,7 @@ def load(
     dtype: Any = None,
     mesh: Mesh | None = None,
     *,
+    layout: Literal["canonical", "decoding"] = "canonical",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Zaya:
     """Loads a checkpoint in the current Hugging Face layout; without a path, the embedded nano
@@ -48,6 +49,9 @@ def load(
       dtype: of the parameters, float32, bfloat16 or float16; by default that of the file. Balancing
         biases are float32.
       mesh: spreads the experts over its `expert` axis and replicates the rest.
+      layout: "decoding" is the form that generation on the CPU wants (`layouts.for_cpu`). A
+        canonical model is copied into it when it first generates; a model that fills the memory
+        must be loaded so. Ignored where JAX runs on something else, or on a mesh.
       on_progress: called with the parameters read so far and their number.
 
     Raises:
@@ -61,6 +65,8 @@ def load(
         check_mesh(config, mesh)
     tokenizer = Tokenizer.from_folder(folder, config)
     params = _read(folder, config, dtype, mesh, on_progress)
+    if layout == "decoding" and mesh is None and jax.default_backend() == "cpu":
+        params = for_cpu(params, config, consume=True)
     return Zaya(params, config, tokenizer, mesh)
 
 
@@ -130,6 +136,8 @@ def _swap_in(folder: Path, path: Path, replaced: Path) -> None:
 
 def _leaves(params: Params, config: ZayaConfig) -> list[Any]:
     """The tree's leaves in the order of the mapping table."""
+    if is_for_cpu(params):
+        raise CheckpointError("parameters loaded for decoding cannot be saved: load them canonical")
     paths, _ = jax.tree_util.tree_flatten_with_path(params)
     found = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
     if odd := sorted(found.keys() ^ mapping(config).keys()):
@@ -144,32 +152,8 @@ def _write(
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder)
-    shards: list[dict[str, np.ndarray]] = [{}]
-    room = MAX_SHARD_BYTES
-    for name, tensor in tensors.items():
-        if tensor.nbytes > room and shards[-1]:
-            shards.append({})
-            room = MAX_SHARD_BYTES
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
-    if len(shards) == 1:
-        _write_shard(shards[0], folder / SINGLE)
-        return
-    places: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_shard(shard, folder / file)
-        places |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write_shard(tensors: dict[str, np.ndarray], file: Path) -> None:
-    file.touch()
-    usual = file.stat().st_mode
-    save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(usual)  # the library leaves files that only their owner can read
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    write_folder(folder, sizes, lambda names: {n: tensors[n] for n in names}, MAX_SHARD_BYTES)
 
 
 def _folder(path_or_hub_id: str | os.PathLike[str], hub_files: list[str]) -> Path:

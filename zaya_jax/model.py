@@ -15,7 +15,14 @@ import jax.numpy as jnp
 from zaya_jax.attention import Attention, Tokens
 from zaya_jax.config import SLIDING, ZayaConfig
 from zaya_jax.errors import InputError
-from zaya_jax.layers import INIT, ResidualScaling, RMSNorm, linear, rotary_table
+from zaya_jax.layers import (
+    INIT,
+    ResidualScaling,
+    RMSNorm,
+    linear,
+    parameter,
+    rotary_table,
+)
 from zaya_jax.moe import BALANCING, MoE
 from zaya_jax.state import DecodeState, LayerState
 
@@ -112,8 +119,8 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, hidden: jax.Array, embedding: jax.Array) -> jax.Array:
         weight, bias = embedding, None
-        if not self.config.tie_word_embeddings:
-            weight = self.param("weight", INIT, embedding.shape)
+        if not self.config.tie_word_embeddings or self.has_variable("params", "weight"):
+            weight = parameter(self, "weight", INIT, embedding.shape)
         if self.config.lm_head_bias:
             bias = self.param("bias", nn.initializers.zeros, embedding.shape[:1])
         return linear(hidden, weight, bias)

@@ -5,10 +5,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.moe import api as moe
 from pallas_kernels.router import api as router
 from zaya_jax.config import ZayaConfig
-from zaya_jax.layers import INIT, linear
+from zaya_jax.layers import INIT, linear, parameter
 from zaya_jax.parallel import expert_parallel_moe
 
 # The collection of the balancing biases, which gradients and the optimizer never see.
@@ -91,8 +90,8 @@ class Experts(nn.Module):
     def __call__(self, x: jax.Array, expert: jax.Array, weight: jax.Array) -> jax.Array:
         experts, hidden = self.config.num_experts, self.config.moe_intermediate_size
         size = x.shape[-1]
-        gate_up = self._matrices("gate_up_proj", (experts, 2 * hidden, size))
-        down = self._matrices("down_proj", (experts, size, hidden))
+        gate_up = parameter(self, "gate_up_proj", INIT, (experts, 2 * hidden, size))
+        down = parameter(self, "down_proj", INIT, (experts, size, hidden))
         out = expert_parallel_moe(
             x.reshape(-1, size).astype(down[0].dtype),
             expert.reshape(-1),
@@ -101,12 +100,6 @@ class Experts(nn.Module):
             down,
         )
         return out.reshape(x.shape)
-
-    def _matrices(self, name: str, shape: tuple[int, int, int]) -> moe.Experts:
-        """All experts' matrices as one array, or as one each (`layouts.split_experts`)."""
-        if self.has_variable("params", name):
-            return self.get_variable("params", name)
-        return self.param(name, INIT, shape)
 
 
 class MoE(nn.Module):

@@ -8,16 +8,19 @@ every token with every expert on CPU.)
 Shapes: T tokens of D channels, E experts of F hidden channels.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.precision import FEWEST_ROWS, exact, product
+from pallas_kernels.precision import exact
+from pallas_kernels.product import Weight, product
 
 MAX_CAPACITY = 512
-TILE = 64  # tokens that go through a split expert at once
+SINGLE = 8  # so few tokens go through split experts one by one
 
 # One array for all experts, or one for each ("split").
-Experts = jax.Array | tuple[jax.Array, ...]
+Experts = jax.Array | tuple[Weight, ...]
 
 
 def moe(
@@ -78,7 +81,7 @@ def moe(
 
 
 def _split_experts(
-    x: jax.Array, expert: jax.Array, gate_up: tuple[jax.Array, ...], down: tuple[jax.Array, ...]
+    x: jax.Array, expert: jax.Array, gate_up: tuple[Weight, ...], down: tuple[Weight, ...]
 ) -> jax.Array:
     """One expert after the other, each for the tiles of tokens that chose it: the weights of the
     others are not read, and those of one are read in place.
@@ -86,7 +89,7 @@ def _split_experts(
     float32 [T, D], undefined for tokens whose expert is E.
     """
     tokens = x.shape[0]
-    tile = min(max(tokens, FEWEST_ROWS), TILE)
+    tile = 1 if tokens <= SINGLE else min(-(-3 * tokens // (32 * len(gate_up))) * 16, MAX_CAPACITY)
     order = jnp.argsort(expert, stable=True)
     counts = jnp.bincount(expert, length=len(gate_up) + 1)
     starts = jnp.cumsum(counts) - counts
@@ -96,15 +99,19 @@ def _split_experts(
 
         def one_tile(i, out, start=starts[number], weights=weights):
             # What a tile writes beyond its expert's tokens, the experts after it write over.
-            place = start + i * tile
+            # The barrier keeps XLA from converting the weights ahead of the loop, chosen or not.
+            weights, place = jax.lax.optimization_barrier((weights, start + i * tile))
             y = _mlp(jax.lax.dynamic_slice_in_dim(rows, place, tile), *weights)
             return jax.lax.dynamic_update_slice_in_dim(out, y, place, 0)
 
-        out = jax.lax.fori_loop(0, -(-counts[number] // tile), one_tile, out)
+        if tokens <= tile:
+            out = jax.lax.cond(counts[number] > 0, partial(one_tile, 0), lambda out: out, out)
+        else:
+            out = jax.lax.fori_loop(0, -(-counts[number] // tile), one_tile, out)
     return jnp.zeros((tokens, x.shape[1])).at[order].set(out[:tokens])
 
 
-def _mlp(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+def _mlp(x: jax.Array, gate_up: Weight, down: Weight) -> jax.Array:
     """One gated MLP: [T, D] -> float32 [T, D]."""
     gate, up = jnp.split(product(x, gate_up), 2, axis=-1)
     return product((jax.nn.silu(gate) * up).astype(x.dtype), down)

@@ -151,7 +151,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(monkeypatch, tmp_path, sa
     def no_space(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loading, "save_file", no_space)
+    monkeypatch.setattr("convert.safetensors_io.save_file", no_space)
     with pytest.raises(CheckpointError, match="No space left on device"):
         model.save(tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

@@ -46,6 +46,8 @@ class Generate:
     seed: int = 0
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A string that ends the answer; may be given several times."""
+    stop_tokens: tyro.conf.UseAppendAction[tuple[int, ...]] = ()
+    """A token id that ends the answer, as those of the model's config do."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the parameters; by default that of the checkpoint."""
     json: Path | None = None

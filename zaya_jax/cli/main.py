@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from zaya_jax.cli.chat import Chat
 from zaya_jax.cli.demo import Demo
 from zaya_jax.cli.doctor import Doctor
 from zaya_jax.cli.generate import Generate
@@ -14,6 +15,7 @@ from zaya_jax.errors import ZayaError
 
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Chat, tyro.conf.subcommand("chat")]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
@@ -25,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = tyro.cli(
         Command,  # type: ignore[arg-type]
         prog="zaya",
-        description="ZAYA1 in JAX: generate text, inspect models and this machine.",
+        description="ZAYA1 in JAX: generate text, chat, inspect models and this machine.",
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )

@@ -93,7 +93,7 @@ def load_model(path: str | None, dtype: str | None = None) -> Zaya:
     source = NANO if path is None else path
     if not messages.is_terminal:
         with working(f"Loading {'the embedded nano model' if path is None else path}"):
-            return load(source, dtype)
+            return load(source, dtype, layout="decoding")
     columns = (TextColumn("Loading"), BarColumn(), TaskProgressColumn())
     with Progress(*columns, console=messages, transient=True) as progress:
         task = progress.add_task("load", total=None)
@@ -101,4 +101,4 @@ def load_model(path: str | None, dtype: str | None = None) -> Zaya:
         def update(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        return load(source, dtype, on_progress=update)
+        return load(source, dtype, layout="decoding", on_progress=update)

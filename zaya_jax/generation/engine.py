@@ -18,7 +18,7 @@ from zaya_jax.generation.batching import MAX_CHUNK, bucket, check_tokens, pad_ro
 from zaya_jax.generation.rows import Generation, Interrupted, OnText, Prefix, Row
 from zaya_jax.generation.sampling import Request, Sampling
 from zaya_jax.generation.step import Block, decode_block, insert_rows, prefill_chunk
-from zaya_jax.layouts import split_experts
+from zaya_jax.layouts import for_cpu, is_for_cpu
 from zaya_jax.model import Params, init_state
 from zaya_jax.sharding import rows_sharding
 from zaya_jax.state import DecodeState
@@ -37,7 +37,8 @@ class Engine:
     batches of one size, bit for bit.
 
     Args:
-      params: canonical, or stacked (which runs each block as one program).
+      params: canonical (on the CPU a copy `for_cpu` is made), `for_cpu`, or stacked (which runs
+        each block as one program).
       config: the architecture.
       tokenizer: for text, stop strings and streaming.
       mesh: of the parameters; the rows are spread over its `data` axis.
@@ -51,9 +52,9 @@ class Engine:
         mesh: Mesh | None = None,
     ):
         use_persistent_cache()
-        layers = params["params"]["layers"]
-        if mesh is None and isinstance(layers, tuple) and jax.default_backend() == "cpu":
-            params = split_experts(params)
+        canonical = isinstance(params["params"]["layers"], tuple) and not is_for_cpu(params)
+        if canonical and mesh is None and jax.default_backend() == "cpu":
+            params = for_cpu(params, config)
         self.params, self.config, self.tokenizer, self.mesh = params, config, tokenizer, mesh
 
     def run(

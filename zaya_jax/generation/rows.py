@@ -128,7 +128,8 @@ class Row:
         forwarded = [*self.prompt, *self.tokens[:-1]]
         if int(state.lengths[slot]) == len(forwarded):
             logits = last_logits[slot : slot + 1]
-            self.end = Prefix(forwarded, state.select([slot]), logits, self.experts)
+            experts = self.experts[: len(forwarded)]
+            self.end = Prefix(forwarded, state.select([slot]), logits, experts)
 
     def result(self) -> Generation:
         """The row as it stands."""

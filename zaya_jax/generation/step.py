@@ -21,6 +21,7 @@ from pallas_kernels.router.api import FREE
 from zaya_jax.attention import Tokens
 from zaya_jax.config import ZayaConfig
 from zaya_jax.generation.sampling import Request, sample
+from zaya_jax.layouts import is_for_cpu
 from zaya_jax.model import (
     Params,
     apply_ends,
@@ -243,10 +244,20 @@ def _run_layers(
 ) -> tuple[jax.Array, list[LayerState], list[jax.Array]]:
     """Calls the compiled layer once for each of an unstacked tree."""
     router_state, after, chosen = None, [], []
+    if alike := is_for_cpu(params):  # all layers are one program
+        router_state = jnp.zeros((*h.shape[:-1], config.router_hidden_size))
     for i, kind in enumerate(config.layer_types):
-        variables = layer_params(params, i)
+        first = i == 0 and not alike
         h, router_state, state, experts = _layer(
-            variables, config, kind, i == 0, h, router_state, where, rotary[kind], layers[i]
+            layer_params(params, i),
+            config,
+            kind,
+            first,
+            h,
+            router_state,
+            where,
+            rotary[kind],
+            layers[i],
         )
         after.append(state)
         chosen.append(experts)
