@@ -1,6 +1,7 @@
 """The mesh, and where each parameter lies on it: one table from leaf names to logical axes, one
 from those to mesh axes."""
 
+import contextlib
 from collections.abc import Sequence
 
 import jax
@@ -36,6 +37,26 @@ def make_mesh(
     return Mesh(np.array(devices[:count]).reshape(sizes), AXES, axis_types=auto)
 
 
+def parse_mesh(text: str) -> dict[str, int]:
+    """Axis sizes of a mesh as one writes it: "data=2,expert=4". Raises ConfigError on anything
+    else."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in ("data", "expert") or name in sizes or not size.isdecimal() or size == "0":
+            raise ConfigError(f"mesh {text!r}: write it like data=2,expert=4")
+        sizes[name] = int(size)
+    return sizes
+
+
+def simulate_devices(count: int) -> None:
+    """Lets one processor stand for that many devices, where JAX has not started yet and finds no
+    accelerator."""
+    if jax.config.jax_num_cpu_devices < count:
+        with contextlib.suppress(RuntimeError):  # JAX has started
+            jax.config.update("jax_num_cpu_devices", count)
+
+
 def check_mesh(config: ZayaConfig, mesh: Mesh) -> None:
     """Raises ConfigError where the experts cannot be split evenly over the mesh."""
     if config.num_experts % (size := mesh.shape.get("expert", 1)):
@@ -53,6 +74,8 @@ def parameter_sharding(path: str, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def rows_sharding(mesh: Mesh) -> NamedSharding:
-    """Where arrays whose first axis is the batch lie: its rows are spread over the data axis."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def rows_sharding(mesh: Mesh, batch: int) -> NamedSharding:
+    """Where arrays whose first axis is the batch lie: spread over the data axis, or on every device
+    if they cannot be split evenly."""
+    spread = batch % mesh.shape["data"] == 0
+    return NamedSharding(mesh, PartitionSpec("data") if spread else PartitionSpec())

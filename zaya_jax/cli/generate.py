@@ -50,6 +50,8 @@ class Generate:
     """A token id that ends the answer, as those of the model's config do."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the parameters; by default that of the checkpoint."""
+    mesh: str | None = None
+    """Devices to spread over, like data=2,expert=4: rows over data, experts over expert."""
     json: Path | None = None
     """Also write answers, tokens and log-probabilities to this file."""
 
@@ -59,7 +61,7 @@ class Generate:
         prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in self.prompts]
         if not prompts:
             raise InputError('give a prompt, as in: zaya generate "What is 12 + 34?"')
-        model = load_model(self.model, self.dtype)
+        model = load_model(self.model, self.dtype, self.mesh)
         start = time.perf_counter()
         results = self._answer(model, prompts, sampling)
         seconds = time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.text import Text
 from zaya_jax.errors import ZayaError
 from zaya_jax.generation.rows import OnText
 from zaya_jax.loading import NANO, load
+from zaya_jax.sharding import make_mesh, parse_mesh, simulate_devices
 from zaya_jax.zaya import Zaya
 
 console = Console()
@@ -87,13 +89,20 @@ def find_devices() -> list[jax.Device]:
         raise ZayaError(f"JAX cannot start: {reason}; see JAX_PLATFORMS and XLA_FLAGS") from None
 
 
-def load_model(path: str | None, dtype: str | None = None) -> Zaya:
-    """Loads a checkpoint with a progress bar; without a path, the embedded model."""
+def load_model(path: str | None, dtype: str | None = None, mesh: str | None = None) -> Zaya:
+    """Loads a checkpoint with a progress bar; without a path, the embedded model. `mesh` is written
+    like data=2,expert=4; processors are made to stand for its devices where there are no others."""
+    sizes = parse_mesh(mesh) if mesh else {}
+    if sizes:
+        simulate_devices(math.prod(sizes.values()))
     find_devices()
+    options: dict[str, Any] = {"layout": "decoding"}
+    if sizes:
+        options["mesh"] = make_mesh(**sizes)
     source = NANO if path is None else path
     if not messages.is_terminal:
         with working(f"Loading {'the embedded nano model' if path is None else path}"):
-            return load(source, dtype, layout="decoding")
+            return load(source, dtype, **options)
     columns = (TextColumn("Loading"), BarColumn(), TaskProgressColumn())
     with Progress(*columns, console=messages, transient=True) as progress:
         task = progress.add_task("load", total=None)
@@ -101,4 +110,4 @@ def load_model(path: str | None, dtype: str | None = None) -> Zaya:
         def update(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        return load(source, dtype, layout="decoding", on_progress=update)
+        return load(source, dtype, on_progress=update, **options)
