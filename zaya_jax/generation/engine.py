@@ -74,7 +74,8 @@ class Engine:
           sampling: of all prompts, or of each.
           on_text: called with a prompt's number and each new piece of its text, whole characters
             only.
-          batch_size: rows decoded at once; by default as many as there are prompts, at most 16.
+          batch_size: rows decoded at once, made a power of two; by default as many as there are
+            prompts, at most 16.
           prefix: read before; prompts that begin with it are read from its end on.
           keep: gives each result its `end`, as a prefix for what follows it.
 
@@ -123,10 +124,10 @@ class Engine:
         while chunk >= 16:
             read = self.read([0] * chunk, max(capacity, chunk))
             chunk //= 2
-        slots: list[Row | None] = [None] * batch_size
+        slots = self._slots(batch_size, 1)
         slots[0] = Row(0, 0, read.tokens, self.config, Sampling(max_new_tokens=2), None)
         with self._on_mesh():
-            state, logits = self._place(*self._empty(batch_size, capacity), 0, read)
+            state, logits = self._place(*self._empty(len(slots), capacity), 0, read)
             request = _request(slots)
             block = decode_block(self.params, self.config, state, logits, request, BLOCK)
             jax.block_until_ready(block.last_logits)
@@ -198,10 +199,11 @@ class Engine:
         return rows
 
     def _slots(self, batch_size: int | None, rows: int) -> list[Row | None]:
-        """Empty places for rows, a multiple of the mesh's data axis."""
+        """Empty places for rows: a power of two, as in other numbers the last place is computed by
+        other instructions, which round differently; and a multiple of the mesh's data axis."""
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
-        count = min(bucket(rows), BATCH) if batch_size is None else batch_size
+        count = bucket(min(rows, BATCH) if batch_size is None else batch_size)
         size = 1 if self.mesh is None else self.mesh.shape["data"]
         return [None] * (-(-count // size) * size)
 
