@@ -15,6 +15,7 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Literal
 
@@ -65,8 +66,16 @@ def write_synthetic(
         values = config.to_hf() | {"dtype": dtype}
         (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
         write_folder(folder, sizes, make, SHARD_BYTES)
+        if config.vocab_size >= ZayaConfig.preset("nano").vocab_size:
+            _write_tokenizer(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be written ({error})") from None
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """The embedded model's tokenizer, whose few tokens any larger vocabulary has room for."""
+    file = resources.files("zaya_jax") / "nano" / "tokenizer.json"
+    (folder / "tokenizer.json").write_bytes(file.read_bytes())
 
 
 def _bytes(entry: Entry, dtype: np.dtype) -> int:

@@ -136,18 +136,19 @@ def convolve(
         depthwise = depthwise + taps[:, tap] * _since_start(column, padded_age, k0 - 1 - tap, 0.0)
 
     head_dim = weights.grouped.shape[1]
-    grouped = weights.grouped.astype(jnp.float32).reshape(
-        channels // head_dim, head_dim, head_dim, k1
+    grouped = weights.grouped.astype(jnp.float32).reshape(-1, head_dim, head_dim, k1)
+    columns = [
+        _since_start(depthwise[:, tap : tap + length], age, k1 - 1 - tap, bias) for tap in range(k1)
+    ]
+    # All taps as one product for each head: [heads, tokens, k1 d] with [heads, d, k1 d].
+    inputs = jnp.stack(columns, axis=-2).reshape(batch * length, k1, -1, head_dim)
+    inputs = inputs.swapaxes(1, 2).reshape(batch * length, -1, k1 * head_dim)
+    taps = grouped.swapaxes(2, 3).reshape(-1, head_dim, k1 * head_dim)
+    mixed = jax.lax.dot_general(
+        inputs, taps, (((2,), (2,)), ((1,), (0,))), precision=exact(jnp.float32)
     )
-    mixed = weights.grouped_bias.astype(jnp.float32)
-    for tap in range(k1):
-        column = _since_start(depthwise[:, tap : tap + length], age, k1 - 1 - tap, bias)
-        column = column.reshape(batch, length, -1, head_dim)
-        product = jnp.einsum(
-            "bsgi,goi->bsgo", column, grouped[..., tap], precision=exact(jnp.float32)
-        )
-        mixed = mixed + product.reshape(batch, length, channels)
-    return mixed, new_tail
+    mixed = mixed.swapaxes(0, 1).reshape(batch, length, channels)
+    return mixed + weights.grouped_bias.astype(jnp.float32), new_tail
 
 
 def _since_start(
