@@ -10,7 +10,8 @@ from pallas_kernels.precision import exact
 FEWEST_ROWS = 4
 STREAMED_ROWS = 2  # at most so many rows are multiplied while the weight streams by
 STREAMED_SIZE = 1 << 18  # smaller weights stay in the caches, whatever reads them
-SEGMENTS, SEGMENT_ROWS = 8, 8  # a fusion of more slices than eight falls apart in XLA
+SEGMENT_ROWS = 8  # a fusion of more slices falls apart in XLA
+MOST_GROUPS, GROUP_SUMS = 16, 1 << 17
 
 
 @jax.tree_util.register_dataclass
@@ -74,8 +75,8 @@ def _stream(rows: jax.Array, weight: jax.Array) -> jax.Array:
     """
     inputs, outputs = weight.shape
     blocks = inputs // SEGMENT_ROWS
-    wanted = min(blocks // SEGMENTS, (1 << 18) // outputs)
-    groups = max(n for n in range(1, max(wanted, 1) + 1) if blocks % n == 0)
+    wanted = min(max(GROUP_SUMS // outputs, 2), MOST_GROUPS)
+    groups = max(n for n in range(1, wanted + 1) if blocks % n == 0)
     x = rows.astype(jnp.float32).reshape(len(rows), groups, -1)
     weight = weight.reshape(groups, -1, outputs)
     total = jnp.zeros((len(rows), groups, outputs))

@@ -136,16 +136,14 @@ def convolve(
         depthwise = depthwise + taps[:, tap] * _since_start(column, padded_age, k0 - 1 - tap, 0.0)
 
     head_dim = weights.grouped.shape[1]
-    grouped = weights.grouped.astype(jnp.float32).reshape(-1, head_dim, head_dim, k1)
+    grouped = weights.grouped.astype(jnp.float32).reshape(-1, head_dim, head_dim * k1)
     columns = [
         _since_start(depthwise[:, tap : tap + length], age, k1 - 1 - tap, bias) for tap in range(k1)
     ]
-    # All taps as one product for each head: [heads, tokens, k1 d] with [heads, d, k1 d].
-    inputs = jnp.stack(columns, axis=-2).reshape(batch * length, k1, -1, head_dim)
-    inputs = inputs.swapaxes(1, 2).reshape(batch * length, -1, k1 * head_dim)
-    taps = grouped.swapaxes(2, 3).reshape(-1, head_dim, k1 * head_dim)
+    # All taps as one product for each head: [tokens, heads, d k1] with [heads, d, d k1].
+    inputs = jnp.stack(columns, axis=-1).reshape(batch * length, -1, head_dim * k1)
     mixed = jax.lax.dot_general(
-        inputs, taps, (((2,), (2,)), ((1,), (0,))), precision=exact(jnp.float32)
+        inputs, grouped, (((2,), (2,)), ((1,), (0,))), precision=exact(jnp.float32)
     )
     mixed = mixed.swapaxes(0, 1).reshape(batch, length, channels)
     return mixed + weights.grouped_bias.astype(jnp.float32), new_tail

@@ -89,13 +89,17 @@ def _split_experts(
     float32 [T, D], undefined for tokens whose expert is E.
     """
     tokens = x.shape[0]
+    experts = list(zip(gate_up, down, strict=True))
+    if tokens == 1:
+        each = [partial(_mlp, gate_up=g, down=d) for g, d in experts]
+        return jax.lax.switch(expert[0], [*each, lambda x: jnp.zeros(x.shape)], x)
     tile = 1 if tokens <= SINGLE else min(-(-3 * tokens // (32 * len(gate_up))) * 16, MAX_CAPACITY)
     order = jnp.argsort(expert, stable=True)
     counts = jnp.bincount(expert, length=len(gate_up) + 1)
     starts = jnp.cumsum(counts) - counts
     rows = jnp.pad(x[order], ((0, tile), (0, 0)))
     out = jnp.zeros(rows.shape, jnp.float32)
-    for number, weights in enumerate(zip(gate_up, down, strict=True)):
+    for number, weights in enumerate(experts):
 
         def one_tile(i, out, start=starts[number], weights=weights):
             # What a tile writes beyond its expert's tokens, the experts after it write over.
@@ -104,10 +108,7 @@ def _split_experts(
             y = _mlp(jax.lax.dynamic_slice_in_dim(rows, place, tile), *weights)
             return jax.lax.dynamic_update_slice_in_dim(out, y, place, 0)
 
-        if tokens <= tile:
-            out = jax.lax.cond(counts[number] > 0, partial(one_tile, 0), lambda out: out, out)
-        else:
-            out = jax.lax.fori_loop(0, -(-counts[number] // tile), one_tile, out)
+        out = jax.lax.fori_loop(0, -(-counts[number] // tile), one_tile, out)
     return jnp.zeros((tokens, x.shape[1])).at[order].set(out[:tokens])
 
 

@@ -11,6 +11,7 @@ from zaya_jax.cli.output import show, write_json
 from zaya_jax.config import PRESETS, SLIDING, ZayaConfig
 from zaya_jax.errors import InputError
 from zaya_jax.loading import NANO, read_config
+from zaya_jax.memory import plan
 from zaya_jax.model import parameter_counts
 
 
@@ -21,9 +22,9 @@ class Info:
     model: tyro.conf.Positional[str | None] = None
     """Checkpoint folder, hub id, or preset name (zaya1_8b, ...); by default the embedded model."""
     context: int | None = None
-    """Tokens per row to plan memory for; by default the model's longest context."""
+    """Tokens of a prompt and its answer to plan memory for; by default the longest context."""
     batch: int = 1
-    """Rows to plan memory for."""
+    """Rows decoded at once to plan memory for."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of the parameters and the key/value cache."""
     json: Path | None = None
@@ -45,7 +46,7 @@ class Info:
         if self.batch < 1:
             raise InputError(f"batch must be at least 1, got {self.batch}")
         total, active = parameter_counts(config)
-        sizes = memory(config, context, self.batch, jnp.dtype(self.dtype).itemsize)
+        sizes = plan(config, context, self.batch, jnp.dtype(self.dtype))
         show(f"Configuration of {name}", _describe(config))
         counts = {"total": total, "active per token, without embedding": active}
         show("Parameters", {kind: f"{count:,}" for kind, count in counts.items()})
@@ -55,25 +56,6 @@ class Info:
             self.json,
             {"config": config.to_hf(), "parameters": counts, "memory_bytes": sizes},
         )
-
-
-def memory(config: ZayaConfig, context: int, batch: int, itemsize: int) -> dict[str, int]:
-    """Bytes of the weights and of the decoding state of `batch` rows with room for `context`
-    tokens."""
-    total, _ = parameter_counts(config)
-    layers, classes = config.num_hidden_layers, config.num_experts + 1
-    keys = config.num_key_value_heads * config.head_dim
-    per_token = layers * 2 * keys * itemsize
-    per_row = layers * 4 * (config.conv_tail * config.conv_channels + keys // 2)
-    weights = total * itemsize + layers * classes * 4
-    state = batch * (context * per_token + per_row)
-    return {
-        "weights": weights,
-        "key/value cache, per token": per_token,
-        "convolution and value state, per row": per_row,
-        "decoding state": state,
-        "weights and state": weights + state,
-    }
 
 
 def _describe(config: ZayaConfig) -> dict[str, Any]:
