@@ -17,9 +17,9 @@ RANKS = [
     ["zaya_jax.attention", "zaya_jax.moe", "zaya_jax.text"],
     ["zaya_jax.model", "zaya_jax.layouts", "zaya_jax.sharding"],
     ["zaya_jax.generation"],
-    ["zaya_jax.zaya", "zaya_jax.loading"],
+    ["zaya_jax.zaya", "zaya_jax.loading", "zaya_jax.memory"],
     ["zaya_jax"],
-    ["zaya_jax.evaluation"],
+    ["zaya_jax.evaluation", "zaya_jax.benchmark"],
     ["train"],
     ["zaya_jax.cli"],
 ]

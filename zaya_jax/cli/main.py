@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from zaya_jax.cli.bench import Bench
 from zaya_jax.cli.chat import Chat
 from zaya_jax.cli.demo import Demo
 from zaya_jax.cli.doctor import Doctor
@@ -19,6 +20,7 @@ Command = (
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 
 
