@@ -98,7 +98,7 @@ def load_model(path: str | None, dtype: str | None = None, mesh: str | None = No
     find_devices()
     options: dict[str, Any] = {"layout": "decoding"}
     if sizes:
-        options["mesh"] = make_mesh(**sizes)
+        options["mesh"] = make_mesh(sizes.get("data", 1), sizes.get("expert", 1))
     source = NANO if path is None else path
     if not messages.is_terminal:
         with working(f"Loading {'the embedded nano model' if path is None else path}"):
