@@ -216,7 +216,9 @@ class Engine:
             init_state(self.params, self.config, batch, capacity),
             jnp.zeros((batch, self.config.vocab_size)),
         )
-        return empty if self.mesh is None else jax.device_put(empty, rows_sharding(self.mesh, batch))
+        return (
+            empty if self.mesh is None else jax.device_put(empty, rows_sharding(self.mesh, batch))
+        )
 
     def _nothing(self, capacity: int) -> Prefix:
         return Prefix([], *self._empty(1, capacity), [])
