@@ -9,9 +9,8 @@ A run on the CPU holds most while it reads prompts, or already at the end of loa
 - the temporaries of a layer that reads a chunk: attention scores of a block of queries, in float32
   before and after the softmax, and `STREAMS` float32 arrays of the residual stream's size;
 - `LOGITS` float32 arrays of the logits' size, for the sampler;
-- the process itself, as measured on x86-64 Linux: `RUNTIME` for Python, JAX and loading, `PROGRAMS`
-  to compile or read the compiled programs, and `STREAMING` more for decoding programs that unroll
-  products (`pallas_kernels.product`). A cache of compiled programs changes little.
+- the process itself, as measured on x86-64 Linux: `RUNTIME` for Python, JAX and loading, and
+  `PROGRAMS` to compile or read the compiled programs.
 
 For models of 100 million parameters and more that is within 10% of what a run takes. It says
 nothing about accelerators, which hold other forms, and take the memory that they may.
@@ -28,18 +27,16 @@ import jax
 import numpy as np
 
 from pallas_kernels.attention.reference import SCORE_BUDGET
-from pallas_kernels.moe.reference import SINGLE
-from pallas_kernels.product import STREAMED_SIZE
 from zaya_jax.config import ZayaConfig
 from zaya_jax.generation.batching import MAX_CHUNK, bucket
 from zaya_jax.model import init, parameter_counts
 
+HELD = "weights as held on the CPU"
 PEAK = "peak of a run on the CPU"
 
 MB = 1_000_000
 RUNTIME = 250 * MB
 PROGRAMS = 180 * MB
-STREAMING = 100 * MB
 STREAMS = 5
 LOGITS = 8
 # The empty state that a prompt begins with, and two copies while that is given its size; among
@@ -67,10 +64,10 @@ def plan(config: ZayaConfig, context: int, batch: int, dtype: Any) -> dict[str, 
     held, loading = _held(config, itemsize)
     spare = SPARE_ROWS if rows == 1 else SPARE_ROWS_AMONG_SEVERAL
     reading = held + (rows + spare) * state + _temporaries(config, room, rows)
-    reading += PROGRAMS + (STREAMING if _streams(config, rows, itemsize) else 0)
+    reading += PROGRAMS
     return {
         "weights": total * itemsize + _balancing(config),
-        "weights as held on the CPU": held,
+        HELD: held,
         "key/value cache, per token": per_token,
         "convolution and value state, per row": per_row,
         "decoding state": rows * state,
@@ -102,12 +99,6 @@ def _temporaries(config: ZayaConfig, room: int, rows: int) -> int:
     scores = 2 * min(chunk * config.num_attention_heads * room, SCORE_BUDGET)
     stream = chunk * config.hidden_size
     return 4 * (scores + STREAMS * stream + LOGITS * rows * config.vocab_size)
-
-
-def _streams(config: ZayaConfig, rows: int, itemsize: int) -> bool:
-    """Whether the experts' products are unrolled in decoding programs."""
-    expert = config.hidden_size * config.moe_intermediate_size
-    return itemsize == 2 and rows <= SINGLE and expert >= STREAMED_SIZE
 
 
 def _balancing(config: ZayaConfig) -> int:

@@ -63,7 +63,7 @@ def verdicts(measured):
 def test_our_process_reports_every_case_with_positive_figures(tmp_path):
     write_synthetic(TINY, tmp_path)
     results = []
-    arguments = "--batch 1 2 --prompt 8 --new 8 --prefill 1x16 2x32 --repeats 1".split()
+    arguments = ["--batch", "1", "2", "--prompt", "8", "--new", "8", "--prefill", "1x16", "2x32"]
     assert run_ours("ours", [str(tmp_path), *arguments], results.append) is None
     cases = {result.pop("case"): result for result in results}
     speeds = ["prefill 1x16", "prefill 2x32", "decode 1", "decode 2"]
