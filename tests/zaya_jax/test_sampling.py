@@ -111,7 +111,8 @@ def test_greedy_takes_the_most_probable_token():
 @pytest.mark.parametrize(
     "bad",
     [
-        {"max_new_tokens": 0},
+        {"max_new_tokens": -1},
+        {"stop_tokens": [-1]},
         {"max_new_tokens": 2.5},
         {"max_new_tokens": None},
         {"temperature": -1},
