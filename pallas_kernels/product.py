@@ -9,7 +9,7 @@ from pallas_kernels.precision import exact
 
 FEWEST_ROWS = 4
 STREAMED_ROWS = 2  # at most so many rows are multiplied while the weight streams by
-STREAMED_SIZE = 1 << 18  # smaller weights stay in the caches, whatever reads them
+STREAMED_SIZE = 1 << 20  # smaller weights take as long by either way
 SEGMENT_ROWS = 8  # a fusion of more slices falls apart in XLA
 MOST_GROUPS, GROUP_SUMS = 16, 1 << 17
 

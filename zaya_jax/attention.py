@@ -76,7 +76,9 @@ class Projections(nn.Module):
         return self.q_proj(x), self.k_proj(x), self.v_proj_current(x), self.v_proj_delayed(x)
 
     def mixing(self, temperature: jax.Array) -> cca_mix.Weights:
-        *_, initial = self(jnp.zeros((self.config.hidden_size,), temperature.dtype))
+        initial = jnp.zeros(self.sizes[-1])
+        if self.config.attention_bias:
+            *_, initial = self(jnp.zeros((self.config.hidden_size,), temperature.dtype))
         return cca_mix.Weights(
             *self.conv_qk_depthwise(), *self.conv_qk_grouped(), temperature, initial
         )
@@ -121,5 +123,5 @@ class Attention(nn.Module):
         """The state before a first token."""
         weights = self.qkv_proj.mixing(self.qk_norm())
         shape = (batch, self.config.num_key_value_heads, capacity, self.config.head_dim)
-        k, v = (jnp.zeros(shape, weights.grouped.dtype) for _ in "kv")
+        k, v = (jnp.zeros(shape, weights.temperature.dtype) for _ in "kv")
         return LayerState(k, v, *cca_mix.initial_carry(weights, batch))

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.product import Transposed
+from pallas_kernels.product import STREAMED_SIZE, Transposed, Weight
 from zaya_jax.config import ZayaConfig
 from zaya_jax.errors import ConfigError
 
 # The projections of attention that read the same input, in the order in which they are fused.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj_current", "v_proj_delayed")
+CONVOLUTIONS = ("conv_qk_depthwise", "conv_qk_grouped")
 
 
 def stack(params: dict[str, Any], config: ZayaConfig) -> dict[str, Any]:
@@ -71,10 +72,11 @@ def split_experts(params: dict[str, Any]) -> dict[str, Any]:
 def for_cpu(params: dict[str, Any], config: ZayaConfig, *, consume: bool = False) -> dict[str, Any]:
     """The form in which XLA's CPU backend decodes fastest.
 
-    Every large matrix is held as [in, out] (`Transposed`), each expert's apart, and the head's
-    beside the embedding even where they are tied; queries, keys and values are one matrix; what is
-    computed in float32 is held in it; and layer 0 gets the synthetic scale that makes all layers
-    one program. The results are those of the canonical form, up to the order of summation.
+    Large matrices are held as [in, out] (`Transposed`), each expert's apart, and the head's beside
+    the embedding even where they are tied; queries, keys and values are one matrix; what is
+    computed in float32, routers and convolutions, is held in it; and layer 0 gets the synthetic
+    scale that makes all layers one program. The results are those of the canonical form, up to the
+    order of summation.
 
     Args:
       params: canonical.
@@ -116,6 +118,7 @@ def _layer_for_cpu(layer: dict[str, Any], config: ZayaConfig) -> dict[str, Any]:
     parts = [qkv.pop(name) for name in PROJECTIONS]
     fused = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
     qkv["fused"] = {**fused, "weight": _transpose(fused["weight"])}
+    qkv |= in_float32({name: qkv[name] for name in CONVOLUTIONS})
     o_proj = {**attention["o_proj"], "weight": _transpose(attention["o_proj"]["weight"])}
     return {
         **layer,
@@ -125,8 +128,8 @@ def _layer_for_cpu(layer: dict[str, Any], config: ZayaConfig) -> dict[str, Any]:
 
 
 @jax.jit
-def _transpose(weight: jax.Array) -> Transposed:
-    return Transposed(weight.T)
+def _transpose(weight: jax.Array) -> Weight:
+    return Transposed(weight.T) if weight.size >= STREAMED_SIZE else weight
 
 
 def _split(leaf: jax.Array) -> tuple[jax.Array, ...]:

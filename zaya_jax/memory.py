@@ -2,8 +2,8 @@
 
 A run on the CPU holds most while it reads prompts, or already at the end of loading. `plan` adds up
 
-- the weights as `layouts.for_cpu` holds them, with routers in float32 and a tied head beside the
-  embedding (loading holds one layer twice, but not yet that head);
+- the weights as `layouts.for_cpu` holds them, with routers and convolutions in float32 and a tied
+  head beside the embedding (loading holds one layer twice, but not yet that head);
 - the decoding state of every row, its room rounded up to a power of two, and that of some rows more
   (`SPARE_ROWS`);
 - the temporaries of a layer that reads a chunk: attention scores of a block of queries, in float32
@@ -29,6 +29,7 @@ import numpy as np
 from pallas_kernels.attention.reference import SCORE_BUDGET
 from zaya_jax.config import ZayaConfig
 from zaya_jax.generation.batching import MAX_CHUNK, bucket
+from zaya_jax.layouts import CONVOLUTIONS
 from zaya_jax.model import init, parameter_counts
 
 HELD = "weights as held on the CPU"
@@ -80,12 +81,13 @@ def _held(config: ZayaConfig, itemsize: int) -> tuple[int, int]:
     one = dataclasses.replace(config, num_hidden_layers=1, layer_types=config.layer_types[:1])
     (layer,) = jax.eval_shape(partial(init, one), jax.random.key(0))["params"]["layers"]
     scale = config.router_hidden_size  # which the first layer gets
-    router = _size(layer["mlp"]["gate"]) + scale
+    qkv = layer["self_attn"]["qkv_proj"]
+    exact = _size([layer["mlp"]["gate"], *(qkv[name] for name in CONVOLUTIONS)]) + scale
     total, _ = parameter_counts(config)
     total += scale
 
-    def in_bytes(parameters: int, routers: int) -> int:
-        return parameters * itemsize + routers * router * (4 - itemsize)
+    def in_bytes(parameters: int, layers: int) -> int:
+        return parameters * itemsize + layers * exact * (4 - itemsize)
 
     head = config.vocab_size * config.hidden_size * itemsize
     held = in_bytes(total, config.num_hidden_layers) + _balancing(config)

@@ -64,7 +64,8 @@ def cca_mix(
       q, k: float32 [B, S, H d] and [B, S, N d], projections before the convolutions.
       current, delayed: float32 [B, S, N d / 2], value projections of the token itself, and used one
         token later.
-      weights: the layer's parameters; their dtype sets that of the results, and QK-norm's epsilon.
+      weights: the layer's parameters; the temperature's dtype sets that of the results, and
+        QK-norm's epsilon. The others may be held in float32 instead.
       carry: state from the tokens before this chunk.
       new_lengths: int [B], real tokens of each right-padded row; the new carry is taken at each
         row's last one.
@@ -85,14 +86,14 @@ def cca_mix(
     mixed = mixed.reshape(batch, length, -1, head_dim)
     heads = mixed.shape[2] - kv_heads
     temperature = weights.temperature.astype(jnp.float32)[:, None]
-    eps = float(jnp.finfo(weights.grouped.dtype).eps)
+    dtype = weights.temperature.dtype
+    eps = float(jnp.finfo(dtype).eps)
     mixed_q = rotate(unit_norm(mixed[:, :, :heads] + mean_q, eps), cos, sin)
     mixed_k = rotate(unit_norm(mixed[:, :, heads:] + mean_k, eps) * temperature, cos, sin)
     v, delayed_value = shift_values(
         current, delayed, carry.delayed_value, weights.initial_value, age, new_lengths
     )
     v = v.reshape(batch, length, kv_heads, head_dim)
-    dtype = weights.grouped.dtype
     carry = Carry(conv_tail, delayed_value)
     return mixed_q.astype(dtype), mixed_k.astype(dtype), v.astype(dtype), carry
 

@@ -18,6 +18,7 @@ from pallas_kernels.product import Weight, product
 
 MAX_CAPACITY = 512
 SINGLE = 8  # so few tokens go through split experts one by one
+TILES = 1.0, 1.25, 1.5, 1.75  # of more, so many times the mean of an expert together
 
 # One array for all experts, or one for each ("split").
 Experts = jax.Array | tuple[Weight, ...]
@@ -93,23 +94,39 @@ def _split_experts(
     if tokens == 1:
         each = [partial(_mlp, gate_up=g, down=d) for g, d in experts]
         return jax.lax.switch(expert[0], [*each, lambda x: jnp.zeros(x.shape)], x)
-    tile = 1 if tokens <= SINGLE else min(-(-3 * tokens // (32 * len(gate_up))) * 16, MAX_CAPACITY)
+    tiles = _tile_sizes(tokens, len(experts))
     order = jnp.argsort(expert, stable=True)
-    counts = jnp.bincount(expert, length=len(gate_up) + 1)
+    counts = jnp.bincount(expert, length=len(experts) + 1)
     starts = jnp.cumsum(counts) - counts
-    rows = jnp.pad(x[order], ((0, tile), (0, 0)))
+    rows = jnp.pad(x[order], ((0, tiles[-1]), (0, 0)))
     out = jnp.zeros(rows.shape, jnp.float32)
     for number, weights in enumerate(experts):
 
-        def one_tile(i, out, start=starts[number], weights=weights):
-            # What a tile writes beyond its expert's tokens, the experts after it write over.
+        def one_tile(i, out, start=starts[number], count=counts[number], weights=weights):
             # The barrier keeps XLA from converting the weights ahead of the loop, chosen or not.
-            weights, place = jax.lax.optimization_barrier((weights, start + i * tile))
-            y = _mlp(jax.lax.dynamic_slice_in_dim(rows, place, tile), *weights)
+            weights, place = jax.lax.optimization_barrier((weights, start + i * tiles[-1]))
+            tile = jax.lax.dynamic_slice_in_dim(rows, place, tiles[-1])
+
+            def first(tile, size):
+                y = _mlp(tile[:size], *weights)
+                return jnp.pad(y, ((0, tiles[-1] - size), (0, 0)))
+
+            enough = jnp.sum(count - i * tiles[-1] > jnp.array(tiles[:-1], jnp.int32))
+            y = jax.lax.switch(enough, [partial(first, size=size) for size in tiles], tile)
+            # What a tile writes beyond its expert's tokens, the experts after it write over.
             return jax.lax.dynamic_update_slice_in_dim(out, y, place, 0)
 
-        out = jax.lax.fori_loop(0, -(-counts[number] // tile), one_tile, out)
+        out = jax.lax.fori_loop(0, -(-counts[number] // tiles[-1]), one_tile, out)
     return jnp.zeros((tokens, x.shape[1])).at[order].set(out[:tokens])
+
+
+def _tile_sizes(tokens: int, experts: int) -> list[int]:
+    """How many tokens an expert may take at once, in ascending order: the fewest that are enough
+    for those that chose it cost least."""
+    if tokens <= SINGLE:
+        return [1]
+    mean = tokens / experts
+    return sorted({min(-(-int(part * mean) // 8) * 8, MAX_CAPACITY) for part in TILES})
 
 
 def _mlp(x: jax.Array, gate_up: Weight, down: Weight) -> jax.Array:

@@ -1,5 +1,7 @@
 """Attention in blocks of queries against plain masked softmax."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,10 +61,12 @@ def test_segments_and_gradients(monkeypatch, budget):
 
 
 def test_no_buffer_grows_with_the_square_of_the_length():
-    """Temporary memory of 16K tokens is within a few score blocks."""
+    """Temporary memory of 16K tokens is within a few score blocks and copies of the queries."""
     shapes = [
         jax.ShapeDtypeStruct(s, jnp.float32)
         for s in ((1, 16384, 8, 64), (1, 2, 16384, 64), (1, 2, 16384, 64))
     ]
     compiled = jax.jit(attention).lower(*shapes, jax.ShapeDtypeStruct((1,), jnp.int32)).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 6 * 4 * reference.SCORE_BUDGET
+    queries = math.prod(shapes[0].shape)
+    most = 4 * (6 * reference.SCORE_BUDGET + 3 * queries)
+    assert compiled.memory_analysis().temp_size_in_bytes < most < 4 * 16384**2 / 8

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from zaya_jax.allocation import keep_freed_memory
 from zaya_jax.compilation import use_persistent_cache
 from zaya_jax.config import ZayaConfig
 from zaya_jax.errors import InputError
@@ -52,6 +53,8 @@ class Engine:
         mesh: Mesh | None = None,
     ):
         use_persistent_cache()
+        if jax.default_backend() == "cpu":
+            keep_freed_memory()
         canonical = isinstance(params["params"]["layers"], tuple) and not is_for_cpu(params)
         if canonical and mesh is None and jax.default_backend() == "cpu":
             params = for_cpu(params, config)

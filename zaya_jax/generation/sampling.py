@@ -92,7 +92,7 @@ def sample(logits: jax.Array, request: Request, positions: jax.Array) -> Sample:
     """
     greedy = request.temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, request.temperature)[:, None]
-    best = jnp.argmax(logits, axis=-1)
+    best = _argmax(logits)
 
     def logprob(x: jax.Array, token: jax.Array) -> jax.Array:
         chosen = jnp.take_along_axis(x, token[:, None], axis=-1)[:, 0]
@@ -101,7 +101,7 @@ def sample(logits: jax.Array, request: Request, positions: jax.Array) -> Sample:
     def draw(scaled: jax.Array) -> tuple[jax.Array, jax.Array]:
         filters = (request.top_k > 0) | (request.top_p < 1) | (request.min_p > 0)
         kept = jax.lax.cond(jnp.any(filters), _truncate, lambda x, _: x, scaled, request)
-        drawn = jnp.argmax(kept + _noise(request, positions, logits.shape[1]), axis=-1)
+        drawn = _argmax(kept + _noise(request, positions, logits.shape[1]))
         token = jnp.where(greedy, best, drawn)
         return token, jnp.where(greedy, 0.0, logprob(kept, token))
 
@@ -110,6 +110,15 @@ def sample(logits: jax.Array, request: Request, positions: jax.Array) -> Sample:
 
     token, sampled = jax.lax.cond(jnp.all(greedy), take_best, draw, scaled)
     return Sample(token.astype(jnp.int32), logprob(scaled, token), sampled)
+
+
+def _argmax(x: jax.Array) -> jax.Array:
+    """Index of the first largest number in each row of [B, V]; any where one is NaN. XLA's CPU
+    backend runs `jnp.argmax` as a scalar loop, and these as two vectorised ones."""
+    index = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    largest = jnp.max(x, axis=-1, keepdims=True)
+    first = jnp.min(jnp.where(x == largest, index, x.shape[-1]), axis=-1)
+    return jnp.minimum(first, x.shape[-1] - 1)
 
 
 def _noise(request: Request, positions: jax.Array, vocab_size: int) -> jax.Array:

@@ -1,0 +1,21 @@
+"""How this process gives memory back."""
+
+import ctypes
+import sys
+
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+KEPT = 1 << 30  # bytes
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep up to a gigabyte of freed memory for what is allocated next.
+
+    By default it gives blocks of more than 32 MB back to the system at once. XLA allocates the
+    temporaries of each run of a program as one such block, which the system then has to clear page
+    by page, run after run: a quarter of the time in which a CPU reads prompts of 4x512 tokens.
+    Without effect where there is no glibc.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, KEPT)
