@@ -4,8 +4,8 @@ import ctypes
 import sys
 
 # From glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-KEPT = 1 << 30  # bytes
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+KEPT, GROWTH = 1 << 30, 1 << 26  # bytes
 
 
 def keep_freed_memory() -> None:
@@ -19,3 +19,4 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, KEPT)
+        libc.mallopt(_M_TOP_PAD, GROWTH)  # or threads would give back the heaps of their own

@@ -42,20 +42,17 @@ def attention(
         out = _attend(grouped, k, v, offsets, 0, segment_ids, window)
     else:
         rows = grouped, k, v, offsets, segment_ids
-        out = jax.lax.map(lambda row: _attend_in_blocks(*row, window=window), rows)
+        out = jax.lax.map(lambda row: _attend_in_blocks(row, window), rows)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
 def _attend_in_blocks(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    offset: jax.Array,
-    segment_ids: jax.Array | None,
+    row: tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None],
     window: int | jax.Array | None,
 ) -> jax.Array:
     """The queries of one row [N, g, S, d], some at a time, each time with about the keys that they
-    see: of the [C] keys the first power of two times the block's length."""
+    see: of the [C] keys the first C, C/2, C/4, ... that are enough."""
+    q, k, v, offset, segment_ids = row
     kv_heads, groups, length, head_dim = q.shape
     keys = k.shape[1]
     block = min(_query_block(kv_heads * groups * keys), length)
