@@ -1,4 +1,4 @@
-"""Activations times weights, in the two orientations in which weights are held."""
+"""Activations times weights, in the forms in which weights are held."""
 
 import dataclasses
 
@@ -7,41 +7,61 @@ import jax.numpy as jnp
 
 from pallas_kernels.precision import exact
 
-FEWEST_ROWS = 4
 STREAMED_ROWS = 2  # at most so many rows are multiplied while the weight streams by
-STREAMED_SIZE = 1 << 20  # smaller weights take as long by either way
-SEGMENT_ROWS = 8  # a fusion of more slices falls apart in XLA
+STREAMED_SIZE = 1 << 18  # smaller weights stay in the caches, whatever reads them
+FEWEST_ROWS = 4
+SWAPPED_ROWS = range(16, 257)  # for which repacking the weight costs more than transposing sums
+# Of `_stream_rows`: a fusion of more slices falls apart in XLA, and a group's sums stay cached.
+SEGMENT_ROWS = 8
 MOST_GROUPS, GROUP_SUMS = 16, 1 << 17
+# Of `_stream_columns`, which is the faster one for weights of so few columns and rows.
+SLICES = 16
+NARROW, SHORT = 512, 4096
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Transposed:
-    """A weight [out, in] held as [in, out]: the form that one row of activations streams through at
-    the speed of the memory (`layouts.for_cpu`)."""
+class Streamed:
+    """A 16-bit weight [out, in] in the form through which a CPU takes one row of activations
+    fastest: [in, out], or [out, in] if it is narrow. See `streamed`."""
 
-    array: jax.Array  # [in, out]
+    array: jax.Array
+    transposed: bool = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:
-        inputs, outputs = self.array.shape
-        return outputs, inputs
+        first, second = self.array.shape
+        return (second, first) if self.transposed else (first, second)
 
     @property
     def dtype(self) -> jnp.dtype:
         return self.array.dtype
 
 
-Weight = jax.Array | Transposed
+Weight = jax.Array | Streamed
+
+
+def streamed(weight: jax.Array) -> Weight:
+    """A weight [out, in] in that form; one that is small or float32 as it is."""
+    outputs, inputs = weight.shape
+    small = weight.size < STREAMED_SIZE or inputs % (8 * SLICES)
+    if small or weight.dtype.itemsize != 2:
+        return weight
+    transposed = inputs > NARROW or outputs > SHORT
+    return Streamed(weight.T if transposed else weight, transposed)
 
 
 def product(x: jax.Array, weight: Weight) -> jax.Array:
     """x [..., in] times weight [out, in], of one dtype: float32 [..., out]."""
     rows = x.reshape(-1, x.shape[-1])
-    if isinstance(weight, Transposed):
-        out = _stream(rows, weight.array) if _streams(rows, weight) else _dot(rows, weight.array, 0)
-    else:
+    if not isinstance(weight, Streamed):
         out = _dot(rows, weight, 1)
+    elif len(rows) <= STREAMED_ROWS:
+        out = (_stream_rows if weight.transposed else _stream_columns)(rows, weight.array)
+    elif len(rows) in SWAPPED_ROWS and not weight.transposed:
+        out = _dot(weight.array, rows, 1).T  # the CPU's products repack their second operand
+    else:
+        out = _dot(rows, weight.array, 0 if weight.transposed else 1)
     return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -61,13 +81,8 @@ def _dot(rows: jax.Array, weight: jax.Array, contracted: int) -> jax.Array:
     return out[:count]
 
 
-def _streams(rows: jax.Array, weight: Transposed) -> bool:
-    large = weight.array.size >= STREAMED_SIZE and rows.shape[1] % SEGMENT_ROWS == 0
-    return large and rows.shape[0] <= STREAMED_ROWS and weight.dtype.itemsize == 2
-
-
-def _stream(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """One or two rows [m, in] times weight [in, out] as sums of scaled weight rows, float32.
+def _stream_rows(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """Rows [m, in] times weight [in, out] as sums of scaled weight rows, float32.
 
     XLA turns each segment into one vectorised loop over `out`, split among the cores, that converts
     16-bit weights on their way. The rows of the weight are dealt to groups with sums of their own,
@@ -85,3 +100,14 @@ def _stream(rows: jax.Array, weight: jax.Array) -> jax.Array:
             total = total + x[:, :, i, None] * weight[:, i].astype(jnp.float32)
         total = jax.lax.optimization_barrier(total)
     return jnp.sum(total, axis=1)
+
+
+def _stream_columns(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """Rows [m, in] times weight [out, in], float32: one vectorised loop over the slices of all
+    weight rows adds their products up, and the sums of a row are summed."""
+    x = rows.astype(jnp.float32).reshape(len(rows), 1, SLICES, -1)
+    weight = weight.reshape(len(weight), SLICES, -1)
+    total = x[:, :, 0] * weight[:, 0].astype(jnp.float32)
+    for i in range(1, SLICES):
+        total = total + x[:, :, i] * weight[:, i].astype(jnp.float32)
+    return jnp.sum(jax.lax.optimization_barrier(total), axis=-1)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.product import STREAMED_SIZE, Transposed, Weight
+from pallas_kernels.product import streamed
 from zaya_jax.config import ZayaConfig
 from zaya_jax.errors import ConfigError
 
@@ -72,11 +72,10 @@ def split_experts(params: dict[str, Any]) -> dict[str, Any]:
 def for_cpu(params: dict[str, Any], config: ZayaConfig, *, consume: bool = False) -> dict[str, Any]:
     """The form in which XLA's CPU backend decodes fastest.
 
-    Large matrices are held as [in, out] (`Transposed`), each expert's apart, and the head's beside
-    the embedding even where they are tied; queries, keys and values are one matrix; what is
-    computed in float32, routers and convolutions, is held in it; and layer 0 gets the synthetic
-    scale that makes all layers one program. The results are those of the canonical form, up to the
-    order of summation.
+    Large matrices are `streamed`, each expert's apart, and the head's beside the embedding even
+    where they are tied; queries, keys and values are one matrix; what is computed in float32,
+    routers and convolutions, is held in it; and layer 0 gets the synthetic scale that makes all
+    layers one program. The results are those of the canonical form, up to the order of summation.
 
     Args:
       params: canonical.
@@ -93,7 +92,7 @@ def for_cpu(params: dict[str, Any], config: ZayaConfig, *, consume: bool = False
         jax.block_until_ready(layers[-1])
         if consume:
             layer.clear()
-    tree["lm_head"] = {**head, "weight": _transpose(weight)}
+    tree["lm_head"] = {**head, "weight": streamed(weight)}
     if consume and not config.tie_word_embeddings:
         head.clear()
     return {**params, "params": {**tree, "layers": tuple(layers)}}
@@ -110,26 +109,21 @@ def _layer_for_cpu(layer: dict[str, Any], config: ZayaConfig) -> dict[str, Any]:
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
     mlp, attention = layer["mlp"], layer["self_attn"]
-    experts = {name: tuple(map(_transpose, _split(leaf))) for name, leaf in mlp["experts"].items()}
+    experts = {name: tuple(map(streamed, _split(leaf))) for name, leaf in mlp["experts"].items()}
     gate = in_float32(mlp["gate"])
     if "router_states_scale" not in gate:
         gate["router_states_scale"] = jnp.ones_like(gate["router_mlp"]["norm"]["weight"])
     qkv = dict(attention["qkv_proj"])
     parts = [qkv.pop(name) for name in PROJECTIONS]
     fused = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-    qkv["fused"] = {**fused, "weight": _transpose(fused["weight"])}
+    qkv["fused"] = {**fused, "weight": streamed(fused["weight"])}
     qkv |= in_float32({name: qkv[name] for name in CONVOLUTIONS})
-    o_proj = {**attention["o_proj"], "weight": _transpose(attention["o_proj"]["weight"])}
+    o_proj = {**attention["o_proj"], "weight": streamed(attention["o_proj"]["weight"])}
     return {
         **layer,
         "mlp": {"gate": gate, "experts": experts},
         "self_attn": {**attention, "qkv_proj": qkv, "o_proj": o_proj},
     }
-
-
-@jax.jit
-def _transpose(weight: jax.Array) -> Weight:
-    return Transposed(weight.T) if weight.size >= STREAMED_SIZE else weight
 
 
 def _split(leaf: jax.Array) -> tuple[jax.Array, ...]:

@@ -27,6 +27,7 @@ import jax
 import numpy as np
 
 from pallas_kernels.attention.reference import SCORE_BUDGET
+from pallas_kernels.product import Streamed, streamed
 from zaya_jax.config import ZayaConfig
 from zaya_jax.generation.batching import MAX_CHUNK, bucket
 from zaya_jax.layouts import CONVOLUTIONS
@@ -37,7 +38,7 @@ PEAK = "peak of a run on the CPU"
 
 MB = 1_000_000
 RUNTIME = 250 * MB
-PROGRAMS = 180 * MB
+PROGRAMS = 280 * MB
 STREAMS = 5
 LOGITS = 8
 # The empty state that a prompt begins with, and two copies while that is given its size; among
@@ -62,7 +63,7 @@ def plan(config: ZayaConfig, context: int, batch: int, dtype: Any) -> dict[str, 
     state = room * per_token + per_row
     total, _ = parameter_counts(config)
 
-    held, loading = _held(config, itemsize)
+    held, loading = _held(config, dtype)
     spare = SPARE_ROWS if rows == 1 else SPARE_ROWS_AMONG_SEVERAL
     reading = held + (rows + spare) * state + _temporaries(config, room, rows)
     reading += PROGRAMS
@@ -76,8 +77,9 @@ def plan(config: ZayaConfig, context: int, batch: int, dtype: Any) -> dict[str, 
     }
 
 
-def _held(config: ZayaConfig, itemsize: int) -> tuple[int, int]:
+def _held(config: ZayaConfig, dtype: Any) -> tuple[int, int]:
     """Bytes of the weights as `for_cpu` holds them, and of the most that making them holds."""
+    itemsize = np.dtype(dtype).itemsize
     one = dataclasses.replace(config, num_hidden_layers=1, layer_types=config.layer_types[:1])
     (layer,) = jax.eval_shape(partial(init, one), jax.random.key(0))["params"]["layers"]
     scale = config.router_hidden_size  # which the first layer gets
@@ -89,10 +91,13 @@ def _held(config: ZayaConfig, itemsize: int) -> tuple[int, int]:
     def in_bytes(parameters: int, layers: int) -> int:
         return parameters * itemsize + layers * exact * (4 - itemsize)
 
-    head = config.vocab_size * config.hidden_size * itemsize
+    head = jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), dtype)
+    form = jax.eval_shape(streamed, head)
+    copied = isinstance(form, Streamed) and form.transposed
+    head_bytes = head.size * itemsize if copied else 0
     held = in_bytes(total, config.num_hidden_layers) + _balancing(config)
-    most = held + max(in_bytes(_size(layer), 1), head)
-    return (held + head, most) if config.tie_word_embeddings else (held, most)
+    most = held + max(in_bytes(_size(layer), 1), head_bytes)
+    return (held + head_bytes, most) if config.tie_word_embeddings else (held, most)
 
 
 def _temporaries(config: ZayaConfig, room: int, rows: int) -> int:
