@@ -12,7 +12,7 @@ FILES = {"pyproject.toml", "README.md", "Makefile", "LICENSE", "CHANGELOG.md"}
 # Each module may import those of its own rank or below, of ours.
 RANKS = [
     ["pallas_kernels"],
-    ["zaya_jax.errors", "zaya_jax.config", "zaya_jax.compilation"],
+    ["zaya_jax.errors", "zaya_jax.config", "zaya_jax.compilation", "zaya_jax.allocation"],
     ["zaya_jax.layers", "zaya_jax.parallel", "zaya_jax.state", "convert"],
     ["zaya_jax.attention", "zaya_jax.moe", "zaya_jax.text"],
     ["zaya_jax.model", "zaya_jax.layouts", "zaya_jax.sharding"],
