@@ -1,0 +1,46 @@
+"""Products with weights in every form against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.product import NARROW, SHORT, Streamed, product, streamed
+
+FORMS = {"narrow": (1024, NARROW), "wide": (512, 2 * NARROW), "tall": (2 * SHORT, 128)}
+
+
+def operands(rows: int, outputs: int, inputs: int, dtype: str):
+    rng = np.random.default_rng(rows)
+    shapes = (rows, inputs), (outputs, inputs)
+    return tuple(jnp.asarray(rng.standard_normal(s), dtype) for s in shapes)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 15, 16, 40, 256, 257])
+@pytest.mark.parametrize("form", FORMS)
+def test_streamed_weights_multiply_exactly(form, rows):
+    """Products of 16-bit numbers are exact in float32, so only their sums round."""
+    x, weight = operands(rows, *FORMS[form], "bfloat16")
+    held = streamed(weight)
+    assert isinstance(held, Streamed) and held.transposed == (form != "narrow")
+    assert held.shape == weight.shape and held.dtype == weight.dtype
+    out = jax.jit(product)(x, held)
+    wanted = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    assert out.dtype == jnp.float32 and out.shape == wanted.shape
+    assert np.max(np.abs(out - wanted)) < 2e-6 * np.linalg.norm(np.asarray(x, np.float64)[0]) * 40
+
+
+def test_leading_axes_are_kept():
+    x, weight = operands(6, *FORMS["narrow"], "bfloat16")
+    for held in (weight, streamed(weight)):
+        out = product(x.reshape(2, 3, -1), held)
+        assert np.allclose(out.reshape(6, -1), product(x, weight), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((64, 512), "bfloat16"), ((1024, 512), "float32"), ((4096, 72), "bfloat16")],
+)
+def test_small_odd_and_float32_weights_stay_as_they_are(shape, dtype):
+    weight = jnp.zeros(shape, dtype)
+    assert streamed(weight) is weight
