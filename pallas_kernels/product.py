@@ -15,8 +15,8 @@ SWAPPED_ROWS = range(16, 257)  # for which repacking the weight costs more than 
 SEGMENT_ROWS = 8
 MOST_GROUPS, GROUP_SUMS = 16, 1 << 17
 # Of `_stream_columns`, which is the faster one for weights of so few columns and rows.
-SLICES = 16
-NARROW, SHORT = 512, 4096
+LANES = 32
+NARROW, SHORT = 1024, 4096
 
 
 @jax.tree_util.register_dataclass
@@ -44,7 +44,7 @@ Weight = jax.Array | Streamed
 def streamed(weight: jax.Array) -> Weight:
     """A weight [out, in] in that form; one that is small or float32 as it is."""
     outputs, inputs = weight.shape
-    small = weight.size < STREAMED_SIZE or inputs % (8 * SLICES)
+    small = weight.size < STREAMED_SIZE or inputs % LANES
     if small or weight.dtype.itemsize != 2:
         return weight
     transposed = inputs > NARROW or outputs > SHORT
@@ -103,11 +103,11 @@ def _stream_rows(rows: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _stream_columns(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """Rows [m, in] times weight [out, in], float32: one vectorised loop over the slices of all
-    weight rows adds their products up, and the sums of a row are summed."""
-    x = rows.astype(jnp.float32).reshape(len(rows), 1, SLICES, -1)
-    weight = weight.reshape(len(weight), SLICES, -1)
+    """Rows [m, in] times weight [out, in], float32: one vectorised loop adds up the products
+    of all slices of each weight row, and what is left of a row is summed."""
+    x = rows.astype(jnp.float32).reshape(len(rows), 1, -1, LANES)
+    weight = weight.reshape(len(weight), -1, LANES)
     total = x[:, :, 0] * weight[:, 0].astype(jnp.float32)
-    for i in range(1, SLICES):
+    for i in range(1, weight.shape[1]):
         total = total + x[:, :, i] * weight[:, i].astype(jnp.float32)
     return jnp.sum(jax.lax.optimization_barrier(total), axis=-1)

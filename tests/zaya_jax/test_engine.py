@@ -194,9 +194,7 @@ def test_programs_are_kept_on_disk(tmp_path):
     """A second process reads them instead of compiling; a folder of the user's is respected."""
     program = "import zaya_jax; print(zaya_jax.load().generate('x', 2, temperature=0)[0].tokens)"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = (
-        "0"  # or chance would decide on some
-    )
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # or chance decides on some
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
 
     def generate(**more):
