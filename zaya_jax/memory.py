@@ -2,8 +2,9 @@
 
 A run on the CPU holds most while it reads prompts, or already at the end of loading. `plan` adds up
 
-- the weights as `layouts.for_cpu` holds them, with routers and convolutions in float32 and a tied
-  head beside the embedding (loading holds one layer twice, but not yet that head);
+- the weights as `layouts.for_cpu` holds them, with routers and convolutions in float32, and a tied
+  head that it transposes beside the embedding (loading holds one layer twice, but not yet that
+  head);
 - the decoding state of every row, its room rounded up to a power of two, and that of some rows more
   (`SPARE_ROWS`);
 - the temporaries of a layer that reads a chunk: attention scores of a block of queries, in float32

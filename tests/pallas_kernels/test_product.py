@@ -27,7 +27,7 @@ def test_streamed_weights_multiply_exactly(form, rows):
     out = jax.jit(product)(x, held)
     wanted = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     assert out.dtype == jnp.float32 and out.shape == wanted.shape
-    assert np.max(np.abs(out - wanted)) < 2e-6 * np.linalg.norm(np.asarray(x, np.float64)[0]) * 40
+    assert np.max(np.abs(out - wanted)) < 3e-4
 
 
 def test_leading_axes_are_kept():
