@@ -10,20 +10,20 @@ from pallas_kernels.precision import exact
 STREAMED_ROWS = 2  # at most so many rows are multiplied while the weight streams by
 STREAMED_SIZE = 1 << 18  # smaller weights stay in the caches, whatever reads them
 FEWEST_ROWS = 4
-SWAPPED_ROWS = range(16, 257)  # for which repacking the weight costs more than transposing sums
 # Of `_stream_rows`: a fusion of more slices falls apart in XLA, and a group's sums stay cached.
 SEGMENT_ROWS = 8
 MOST_GROUPS, GROUP_SUMS = 16, 1 << 17
-# Of `_stream_columns`, which is the faster one for weights of so few columns and rows.
-LANES = 32
-NARROW, SHORT = 1024, 4096
+LANES = 32  # of `_stream_columns`
+SHORT = 4096  # weights of more rows are streamed as [in, out]
+# So many rows are multiplied with weights of more columns than that as second operand.
+SWAPPED_ROWS, NARROW = range(32, 129, 32), 1024
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Streamed:
     """A 16-bit weight [out, in] in the form through which a CPU takes one row of activations
-    fastest: [in, out], or [out, in] if it is narrow. See `streamed`."""
+    fastest: [out, in], or [in, out] if it is tall. See `streamed`."""
 
     array: jax.Array
     transposed: bool = dataclasses.field(metadata={"static": True})
@@ -47,8 +47,14 @@ def streamed(weight: jax.Array) -> Weight:
     small = weight.size < STREAMED_SIZE or inputs % LANES
     if small or weight.dtype.itemsize != 2:
         return weight
-    transposed = inputs > NARROW or outputs > SHORT
+    transposed = outputs > SHORT
     return Streamed(weight.T if transposed else weight, transposed)
+
+
+def swapped(weight: Weight) -> bool:
+    """Whether `product` takes the weight as first operand for `SWAPPED_ROWS` rows. XLA's products
+    on CPU repack their second operand, which costs as much as multiplying a large one."""
+    return isinstance(weight, Streamed) and not weight.transposed and weight.shape[1] > NARROW
 
 
 def product(x: jax.Array, weight: Weight) -> jax.Array:
@@ -58,8 +64,9 @@ def product(x: jax.Array, weight: Weight) -> jax.Array:
         out = _dot(rows, weight, 1)
     elif len(rows) <= STREAMED_ROWS:
         out = (_stream_rows if weight.transposed else _stream_columns)(rows, weight.array)
-    elif len(rows) in SWAPPED_ROWS and not weight.transposed:
-        out = _dot(weight.array, rows, 1).T  # the CPU's products repack their second operand
+    elif len(rows) in SWAPPED_ROWS and swapped(weight):
+        # Without the barrier, XLA would swap them back.
+        out = jax.lax.optimization_barrier(_dot(weight.array, rows, 1)).T
     else:
         out = _dot(rows, weight.array, 0 if weight.transposed else 1)
     return out.reshape(*x.shape[:-1], weight.shape[0])

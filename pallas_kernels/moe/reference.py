@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.precision import exact
-from pallas_kernels.product import Weight, product
+from pallas_kernels.product import SWAPPED_ROWS, Weight, product, swapped
 
 MAX_CAPACITY = 512
 SINGLE = 8  # so few tokens go through split experts one by one
-TILES = 1.0, 1.25, 1.5, 1.75  # of more, so many times the mean of an expert together
+TILES = 1.0, 1.25, 1.5, 1.75  # of more, so many times the mean of an expert together,
+GRAIN = 8  # rounded up to a multiple of this
 
 # One array for all experts, or one for each ("split").
 Experts = jax.Array | tuple[Weight, ...]
@@ -94,7 +95,7 @@ def _split_experts(
     if tokens == 1:
         each = [partial(_mlp, gate_up=g, down=d) for g, d in experts]
         return jax.lax.switch(expert[0], [*each, lambda x: jnp.zeros(x.shape)], x)
-    tiles = _tile_sizes(tokens, len(experts))
+    tiles = _tile_sizes(tokens, gate_up)
     order = jnp.argsort(expert, stable=True)
     counts = jnp.bincount(expert, length=len(experts) + 1)
     starts = jnp.cumsum(counts) - counts
@@ -120,13 +121,15 @@ def _split_experts(
     return jnp.zeros((tokens, x.shape[1])).at[order].set(out[:tokens])
 
 
-def _tile_sizes(tokens: int, experts: int) -> list[int]:
+def _tile_sizes(tokens: int, gate_up: tuple[Weight, ...]) -> list[int]:
     """How many tokens an expert may take at once, in ascending order: the fewest that are enough
     for those that chose it cost least."""
     if tokens <= SINGLE:
         return [1]
-    mean = tokens / experts
-    return sorted({min(-(-int(part * mean) // 8) * 8, MAX_CAPACITY) for part in TILES})
+    if swapped(gate_up[0]):
+        return [GRAIN, SWAPPED_ROWS.start]
+    mean = tokens / len(gate_up)
+    return sorted({min(-(-int(part * mean) // GRAIN) * GRAIN, MAX_CAPACITY) for part in TILES})
 
 
 def _mlp(x: jax.Array, gate_up: Weight, down: Weight) -> jax.Array:

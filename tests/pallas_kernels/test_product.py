@@ -16,13 +16,13 @@ def operands(rows: int, outputs: int, inputs: int, dtype: str):
     return tuple(jnp.asarray(rng.standard_normal(s), dtype) for s in shapes)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 15, 16, 40, 256, 257])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 32, 40, 128, 256])
 @pytest.mark.parametrize("form", FORMS)
 def test_streamed_weights_multiply_exactly(form, rows):
     """Products of 16-bit numbers are exact in float32, so only their sums round."""
     x, weight = operands(rows, *FORMS[form], "bfloat16")
     held = streamed(weight)
-    assert isinstance(held, Streamed) and held.transposed == (form != "narrow")
+    assert isinstance(held, Streamed) and held.transposed == (form == "tall")
     assert held.shape == weight.shape and held.dtype == weight.dtype
     out = jax.jit(product)(x, held)
     wanted = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
