@@ -15,7 +15,7 @@ SEGMENT_ROWS = 8
 MOST_GROUPS, GROUP_SUMS = 16, 1 << 17
 LANES = 32  # of `_stream_columns`
 SHORT = 4096  # weights of more rows are streamed as [in, out]
-# So many rows are multiplied with weights of more columns than that as second operand.
+# So many rows are the second operand, of products with weights of more columns than that.
 SWAPPED_ROWS, NARROW = range(32, 129, 32), 1024
 
 
