@@ -7,6 +7,7 @@ import pytest
 from helpers import assert_close
 
 from pallas_kernels.moe.api import moe
+from pallas_kernels.product import streamed, swapped
 
 D, F, E = 12, 10, 4
 
@@ -54,6 +55,22 @@ def test_outputs_and_gradients_equal_the_loop(tokens, routing):
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
     for a, b in zip(jax.tree.leaves(loss(moe)), jax.tree.leaves(loss(naive)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(1, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize("routing", ["random", "one", "none", "with skip and padding"])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 100])
+def test_wide_streamed_experts_equal_the_loop(tokens, routing):
+    """Experts of more than 1,024 columns take their tokens in tiles of 8 and 32."""
+    _, expert, weight, _, _ = operands(tokens, routing)
+    size, rng = 1056, np.random.default_rng(tokens)
+    shapes = (tokens, size), (E, 2 * size, size), (E, size, size)
+    x, gate_up, down = (jnp.asarray(rng.standard_normal(s) / 33, jnp.bfloat16) for s in shapes)
+    split = [tuple(map(streamed, array)) for array in (gate_up, down)]
+    assert all(swapped(part) for part in (*split[0], *split[1]))
+    ours = jax.jit(moe)(x, expert, weight, *split)
+    x, gate_up, down = (array.astype(jnp.float32) for array in (x, gate_up, down))
+    theirs = naive(x, expert, weight, gate_up, down)
+    np.testing.assert_allclose(ours, theirs, atol=1e-2 * max(float(jnp.abs(theirs).max()), 1e-3))
 
 
 def test_nan_in_tokens_without_expert_does_not_leak():

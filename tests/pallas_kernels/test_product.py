@@ -44,3 +44,11 @@ def test_leading_axes_are_kept():
 def test_small_odd_and_float32_weights_stay_as_they_are(shape, dtype):
     weight = jnp.zeros(shape, dtype)
     assert streamed(weight) is weight
+
+
+def test_wide_weights_are_the_first_operand_of_32_rows():
+    """XLA would swap the operands back, and repack the weight."""
+    x, weight = operands(32, *FORMS["wide"], "bfloat16")
+    text = jax.jit(product).lower(x, streamed(weight)).compile().as_text()
+    outputs = len(weight)
+    assert f"f32[{outputs},32]" in text and f"f32[32,{outputs}]{{1,0}} dot(" not in text
