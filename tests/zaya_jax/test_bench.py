@@ -110,7 +110,7 @@ def test_the_best_variant_of_each_case_counts():
         speed("decode 1", 5.0, "eager"),
         speed("decode 1", 9.0, "grouped_mm"),
         {"variant": "batched_mm", "case": "decode 1", "skipped": "MemoryError"},
-        speed("decode 1", 7.0, "eager+eager"),
+        speed("decode 1", 7.0, "eager+compile"),
         {"variant": "sonic", "case": "all", "skipped": "ImportError"},
     ]
     row = compare("decode 1", fastest(results)["decode 1"], speed("decode 1", 18.0), 2.0)

@@ -4,12 +4,12 @@
         [--new 128] [--prefill 1x512 4x512] [--variants grouped_mm ...] [--repeats 3]
 
 Runs in an environment with PyTorch and transformers, and imports nothing of ours. A variant is an
-implementation of the experts, with "+compile" under `torch.compile`; attention is "sdpa", as
-"eager" was slower in every case. Prints
-one JSON object a line: the routers' balance; then speeds, or why a case was skipped. A speed is the
-median of the repetitions; `undisturbed` is that of the fastest tenth of the steps, where other
-processes run too (on as many cores as `other_processes`). Prefill gives the last token's logits
-and keeps no cache; decoding is greedy, stops at no token, and is timed after the prompt.
+implementation of the experts, with "+compile" under `torch.compile`; attention is "sdpa" ("eager"
+was slower in every case of `small`). Prints one JSON object a line: the routers' balance; then
+speeds, or why a case was skipped. A speed is the median of the repetitions; `undisturbed` is that
+of the fastest tenth of the steps, where other processes run too (on as many cores as
+`other_processes`). Prefill gives the last token's logits and keeps no cache; decoding is greedy,
+stops at no token, and is timed after the prompt.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 EXPERTS = ["eager", *sorted(ALL_EXPERTS_FUNCTIONS.keys())]
 VARIANTS = [experts + mode for experts, mode in itertools.product(EXPERTS, ["", "+compile"])]
-GATHERED_BYTES = 4e9
+GATHERED_BYTES = 4e9  # of experts' weights; copying more takes minutes
 
 
 class Variant:
