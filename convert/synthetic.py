@@ -10,10 +10,8 @@ all tokens have in common makes most routers send nearly everything to one exper
 import dataclasses
 import json
 import math
-import os
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -22,24 +20,23 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 import tyro
-from safetensors import SafetensorError
 
 from convert.mapping import Entry, mapping
-from convert.safetensors_io import write_folder
+from convert.safetensors_write import Planned, write_folder
 from zaya_jax.config import ZayaConfig
 from zaya_jax.errors import CheckpointError, ZayaError
 
 Dtype = Literal["bfloat16", "float32"]
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
-SHARD_BYTES = 1_500_000_000  # what is held in memory at a time
+SHARD_BYTES = 1_500_000_000
 _CHUNK = 1 << 22  # elements drawn in float32 at a time
 
 
 def write_synthetic(
     config: ZayaConfig, folder: Path, dtype: Dtype = "bfloat16", seed: int = 0
 ) -> None:
-    """Writes a random model in the current Hugging Face layout, one shard in memory at a time.
+    """Writes a random model in the current Hugging Face layout, a few tensors in memory at a time.
 
     Args:
       config: the architecture.
@@ -51,24 +48,20 @@ def write_synthetic(
       CheckpointError: the folder holds something, or its disk has too little room.
     """
     kind = DTYPES[dtype]
-    entries = {entry.name: entry for entry in mapping(config).values()}
-    sizes = {name: _bytes(entry, kind) for name, entry in entries.items()}
-    draw = partial(_draw, config=config, dtype=kind, seed=seed)
-
-    def make(names: list[str]) -> dict[str, np.ndarray]:
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            drawn = threads.map(draw, [entries[name] for name in names])
-            return dict(zip(names, drawn, strict=True))
-
+    tensors = [
+        Planned(entry.name, stored, entry.shape, partial(_draw, entry, config, stored, seed))
+        for entry in mapping(config).values()
+        for stored in [DTYPES["float32"] if entry.always_float32 else kind]
+    ]
     try:
-        _check_room(folder, sum(sizes.values()))
+        _check_room(folder, sum(tensor.nbytes for tensor in tensors))
         folder.mkdir(parents=True, exist_ok=True)
         values = config.to_hf() | {"dtype": dtype}
         (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-        write_folder(folder, sizes, make, SHARD_BYTES)
+        write_folder(folder, tensors, SHARD_BYTES)
         if config.vocab_size >= ZayaConfig.preset("nano").vocab_size:
             _write_tokenizer(folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error})") from None
 
 
@@ -76,10 +69,6 @@ def _write_tokenizer(folder: Path) -> None:
     """The embedded model's tokenizer, whose few tokens any larger vocabulary has room for."""
     file = resources.files("zaya_jax") / "nano" / "tokenizer.json"
     (folder / "tokenizer.json").write_bytes(file.read_bytes())
-
-
-def _bytes(entry: Entry, dtype: np.dtype) -> int:
-    return math.prod(entry.shape) * (4 if entry.always_float32 else dtype.itemsize)
 
 
 def _check_room(folder: Path, needed: int) -> None:

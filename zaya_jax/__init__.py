@@ -1,5 +1,6 @@
 """ZAYA1 in JAX: load a checkpoint, run it, generate with it."""
 
+from convert.conversion import convert
 from zaya_jax.config import PRESETS, Rope, ZayaConfig
 from zaya_jax.errors import CheckpointError, ConfigError, InputError, ZayaError
 from zaya_jax.generation.batching import from_left_padded
@@ -27,6 +28,7 @@ __all__ = [
     "Zaya",
     "ZayaConfig",
     "ZayaError",
+    "convert",
     "forward",
     "from_left_padded",
     "head",

@@ -11,7 +11,7 @@ FULL, SLIDING = "hybrid", "hybrid_sliding"
 
 # Keys of a Hugging Face config that say nothing about the forward pass. `rope_type` once strayed to
 # the top level.
-_IGNORED = frozenset(
+IGNORED = frozenset(
     [
         "_attn_implementation",
         "_name_or_path",
@@ -165,7 +165,7 @@ class ZayaConfig:
         values = dict(values)
         if legacy := sorted(_LEGACY & set(values)):
             raise ConfigError(
-                f"{legacy[0]!r} belongs to a legacy Zyphra config: only the current layout is read"
+                f"{legacy[0]!r} belongs to a legacy Zyphra config, not to one of the current layout"
             )
         if (kind := values.get("model_type", "zaya")) != "zaya":
             raise ConfigError(f"model_type is {kind!r}, not 'zaya'")
@@ -190,7 +190,7 @@ class ZayaConfig:
             if name in known:
                 if value is not None or name not in _NULL_IS_DEFAULT:
                     fields[name] = value
-            elif name not in _IGNORED and value is not None:
+            elif name not in IGNORED and value is not None:
                 raise ConfigError(f"unknown field {name!r}")
         return cls(**fields)
 
@@ -214,6 +214,11 @@ class ZayaConfig:
             "model_type": "zaya",
             "rope_parameters": {FULL: rope.to_hf(), SLIDING: sliding_rope.to_hf()},
         }
+
+
+def is_legacy(values: Mapping[str, Any]) -> bool:
+    """Whether the contents of a `config.json` are those of the legacy Zyphra layout."""
+    return not _LEGACY.isdisjoint(values)
 
 
 def _read_rope(rope: Any, layer_types: list[str]) -> dict[str, Rope]:

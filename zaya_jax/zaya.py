@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from convert.checkpoint import Layout
 from zaya_jax.config import ZayaConfig
 from zaya_jax.errors import InputError
 from zaya_jax.generation.engine import Engine
@@ -123,11 +124,12 @@ class Zaya:
         """Compiles ahead what such requests need; see `Engine.warmup`."""
         return self.engine.warmup(batch_size, prompt_tokens, max_new_tokens)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a Hugging Face folder that `load` and transformers read."""
+    def save(self, path: str | os.PathLike[str], layout: Layout = "hf") -> None:
+        """Writes a folder that `load` reads: in the Hugging Face layout, which transformers reads
+        too, "hf-legacy" or "orbax"."""
         from zaya_jax.loading import save
 
-        save(self.params, self.config, path, self.tokenizer)
+        save(self.params, self.config, path, self.tokenizer, layout)
 
     def _encode(
         self, prompt: Prompt, enable_thinking: bool, tools: Sequence[dict[str, Any]]

@@ -9,8 +9,9 @@ from helpers import CONFIGS, random_tokens, run
 
 import zaya_jax
 from convert import synthetic
+from convert.folder import INDEX
 from convert.mapping import mapping
-from convert.safetensors_io import INDEX, SINGLE, read_folder
+from convert.safetensors_read import SINGLE, read_folder
 from convert.synthetic import main, write_synthetic
 from zaya_jax import CheckpointError
 

@@ -10,6 +10,7 @@ import pytest
 
 from zaya_jax.cli.doctor import fallback_warning
 from zaya_jax.cli.main import main
+from zaya_jax.loading import NANO
 
 ZAYA = Path(sys.executable).with_name("zaya")
 QUESTION = "Spell this word backward (example: sun -> nus): learning"
@@ -149,3 +150,37 @@ def test_the_wheel_runs_anywhere(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert str(site) in done.stdout and "</think>" in done.stdout, done.stderr
+
+
+def test_convert_says_what_it_read_and_wrote(tmp_path, capsys):
+    out, back = tmp_path / "out", tmp_path / "back"
+    main(["convert", str(NANO), str(out), "--to", "hf-legacy"])
+    text = "the legacy Zyphra layout, 131 leaves, 0.01 GB, from the current Hugging Face layout"
+    assert text in capsys.readouterr().out
+    main(["convert", str(out), str(back), "--to", "orbax", "--dtype", "float32"])
+    assert "from the legacy Zyphra layout" in capsys.readouterr().out
+    main(["generate", "--model", str(back), QUESTION, "--temperature", "0"])
+    assert "gninrael" in capsys.readouterr().out
+
+
+def test_convert_shows_the_mapping_without_writing(tmp_path, capsys):
+    main(["convert", str(NANO), str(tmp_path / "out"), "--to", "hf-legacy", "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "model.layers.3.zaya_block.experts.local_experts.0.linear_fc1.weight" in shown
+    assert "model.layers.1.mlp.experts.gate_up_proj" in shown and "float32" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_convert_errors_are_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    nano, out = str(NANO), str(tmp_path / "out")
+    missing = str(tmp_path / "missing")
+    assert fails(capsys, "convert", missing, out, "--to", "hf").endswith("no such folder")
+    assert "not loaded from the hub" in fails(capsys, "convert", "x/y", out, "--to", "hf")
+    line = fails(capsys, "convert", nano, nano, "--to", "orbax")
+    assert line.endswith("nano: exists; say --overwrite to replace the checkpoint")
+    line = fails(capsys, "convert", nano, out, "--to", "hf", "--max-shard-size", "5 apples")
+    assert "max-shard-size '5 apples': write it like 5G" in line
+    line = fails(capsys, "convert", nano, out, "--to", "hf", "--mesh", "expert=2")
+    assert "--mesh is for --to orbax" in line
+    assert not list(tmp_path.iterdir())

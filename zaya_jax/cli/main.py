@@ -7,11 +7,13 @@ import tyro
 
 from zaya_jax.cli.bench import Bench
 from zaya_jax.cli.chat import Chat
+from zaya_jax.cli.convert import Convert
 from zaya_jax.cli.demo import Demo
 from zaya_jax.cli.doctor import Doctor
 from zaya_jax.cli.generate import Generate
 from zaya_jax.cli.info import Info
 from zaya_jax.cli.output import fail
+from zaya_jax.cli.verify import Verify
 from zaya_jax.errors import ZayaError
 
 Command = (
@@ -20,6 +22,8 @@ Command = (
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 
@@ -29,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = tyro.cli(
         Command,  # type: ignore[arg-type]
         prog="zaya",
-        description="ZAYA1 in JAX: generate text, chat, inspect models and this machine.",
+        description="ZAYA1 in JAX: generate text, chat, convert and inspect models.",
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )

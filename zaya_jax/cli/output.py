@@ -4,13 +4,20 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -66,6 +73,20 @@ def working(message: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def progress(message: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback that shows how much of a whole is done: a bar on a terminal; elsewhere, a plain
+    line at the beginning."""
+    if not messages.is_terminal:
+        with working(message):
+            yield lambda done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=messages, transient=True) as bar:
+        task = bar.add_task(message, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
 def streaming(message: str) -> Iterator[OnText]:
     """A callback that prints text as it comes; until the first of it, shows that work goes on."""
     with contextlib.ExitStack() as waiting:
@@ -89,25 +110,19 @@ def find_devices() -> list[jax.Device]:
         raise ZayaError(f"JAX cannot start: {reason}; see JAX_PLATFORMS and XLA_FLAGS") from None
 
 
-def load_model(path: str | None, dtype: str | None = None, mesh: str | None = None) -> Zaya:
-    """Loads a checkpoint with a progress bar; without a path, the embedded model. `mesh` is written
-    like data=2,expert=4; processors are made to stand for its devices where there are no others."""
-    sizes = parse_mesh(mesh) if mesh else {}
+def mesh_of(text: str | None) -> Mesh | None:
+    """A mesh written like data=2,expert=4; processors are made to stand for its devices where there
+    are no others. None without a text."""
+    sizes = parse_mesh(text) if text else {}
     if sizes:
         simulate_devices(math.prod(sizes.values()))
     find_devices()
-    options: dict[str, Any] = {"layout": "decoding"}
-    if sizes:
-        options["mesh"] = make_mesh(sizes.get("data", 1), sizes.get("expert", 1))
+    return make_mesh(sizes.get("data", 1), sizes.get("expert", 1)) if sizes else None
+
+
+def load_model(path: str | None, dtype: str | None = None, mesh: str | None = None) -> Zaya:
+    """Loads a checkpoint with a progress bar; without a path, the embedded model."""
+    devices = mesh_of(mesh)
     source = NANO if path is None else path
-    if not messages.is_terminal:
-        with working(f"Loading {'the embedded nano model' if path is None else path}"):
-            return load(source, dtype, **options)
-    columns = (TextColumn("Loading"), BarColumn(), TaskProgressColumn())
-    with Progress(*columns, console=messages, transient=True) as progress:
-        task = progress.add_task("load", total=None)
-
-        def update(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        return load(source, dtype, on_progress=update, **options)
+    with progress(f"Loading {'the embedded nano model' if path is None else path}") as on_progress:
+        return load(source, dtype, devices, layout="decoding", on_progress=on_progress)

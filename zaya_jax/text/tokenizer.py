@@ -8,7 +8,8 @@ import tokenizers
 from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
 
-from convert.safetensors_io import read_json
+from convert.folder import read_carried
+from convert.safetensors_read import read_json
 from zaya_jax.config import ZayaConfig
 from zaya_jax.errors import CheckpointError, InputError
 from zaya_jax.text.chat import ChatTemplate
@@ -16,7 +17,6 @@ from zaya_jax.text.chat import ChatTemplate
 TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
 SETTINGS = "tokenizer_config.json"
-CARRIED = (TOKENIZER, TEMPLATE, SETTINGS, "special_tokens_map.json", "generation_config.json")
 
 
 class Tokenizer:
@@ -25,7 +25,7 @@ class Tokenizer:
     def __init__(self, core: tokenizers.Tokenizer, template: ChatTemplate, files: dict[str, bytes]):
         self._core = core
         self.template = template
-        self._files = files
+        self.files = files  # that it was read from, by name
 
     @classmethod
     def from_folder(cls, folder: Path, config: ZayaConfig) -> "Tokenizer | None":
@@ -43,11 +43,7 @@ class Tokenizer:
             raise CheckpointError(
                 f"{file}: has {size} tokens, more than the model's vocab_size {config.vocab_size}"
             )
-        try:
-            names = [name for name in CARRIED if (folder / name).exists()]
-            files = {name: (folder / name).read_bytes() for name in names}
-        except OSError as error:
-            raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from None
+        files = read_carried(folder)
         ids = {
             "bos_token": config.bos_token_id,
             "eos_token": config.eos_token_ids[0],
@@ -79,11 +75,6 @@ class Tokenizer:
 
     def stream(self, stop: Sequence[str] = ()) -> "TextStream":
         return TextStream(self._core, tuple(stop))
-
-    def save(self, folder: Path) -> None:
-        """Writes the files it was read from."""
-        for name, content in self._files.items():
-            (folder / name).write_bytes(content)
 
 
 def _template(folder: Path, files: dict[str, bytes], tokens: dict[str, str]) -> ChatTemplate:

@@ -1,23 +1,24 @@
-"""Reading safetensors files tensor by tensor into memory of our own, and writing them in shards.
+"""Reading safetensors files tensor by tensor into memory of our own.
 
 The safetensors library would map the files it reads into memory, where the pages read count on top
 of the loaded weights; reading a tensor straight into its final buffer keeps the peak at the weights
 themselves, and lets a damaged file be named exactly.
 """
 
+import contextlib
 import io
 import itertools
 import json
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
+from convert.folder import INDEX
 from zaya_jax.errors import CheckpointError
 
 DTYPES = {
@@ -25,7 +26,6 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _CHUNK = 1 << 22  # elements converted at a time
 _ALIGNMENT = 64  # bytes; JAX takes over host memory aligned like this without a copy
@@ -40,40 +40,52 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     offset: int  # of its first byte in the file
 
-    def read(self, dtype: Any = None) -> np.ndarray:
-        """The tensor in `dtype` (as stored by default). Raises CheckpointError where the file ends
-        too early."""
-        target = self.dtype if dtype is None else np.dtype(dtype)
-        out = _aligned_empty(self.shape, target)
+    def read(self, dtype: Any = None, rows: slice = slice(None)) -> np.ndarray:
+        """The tensor, or these rows of its first axis, in `dtype` (as stored by default).
+
+        Raises:
+          CheckpointError: the file ends too early, or values are too large for the dtype.
+        """
+        first, last, _ = rows.indices(self.shape[0]) if self.shape else (0, 1, 1)
+        shape = (last - first, *self.shape[1:]) if self.shape else ()
+        out = aligned_empty(shape, self.dtype if dtype is None else np.dtype(dtype))
+        self.read_into(out, first)
+        return out
+
+    def read_into(self, out: np.ndarray, first_row: int = 0) -> None:
+        """Fills an array, of any dtype, with the tensor or with some of its rows."""
         flat = out.reshape(-1)
-        with _open(self.file) as stream:
-            stream.seek(self.offset)
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        with _open(self.file, f"tensor {self.name!r} ") as stream:
+            stream.seek(self.offset + first_row * row)
             for start in range(0, flat.size, _CHUNK):
                 part = flat[start : start + _CHUNK]
-                raw = part if target == self.dtype else np.empty(part.shape, self.dtype)
+                raw = part if out.dtype == self.dtype else np.empty(part.shape, self.dtype)
                 if stream.readinto(raw.view(np.uint8)) != raw.nbytes:
                     raise CheckpointError(f"{self.file}: ends within tensor {self.name!r}")
                 if raw is not part:
-                    self._convert(raw, part)
-        return out
-
-    def _convert(self, raw: np.ndarray, out: np.ndarray) -> None:
-        with np.errstate(over="ignore"):
-            out[:] = raw.astype(out.dtype)
-        if not np.array_equal(np.isfinite(raw), np.isfinite(out)):
-            raise CheckpointError(
-                f"{self.file}: tensor {self.name!r} has values too large for {out.dtype}"
-            )
+                    cast(raw, part, f"{self.file}: tensor {self.name!r}")
 
 
-def _open(file: Path) -> io.BufferedReader:
+def cast(raw: np.ndarray, out: np.ndarray, what: str) -> None:
+    """Copies into another dtype. Raises CheckpointError where values are too large for it."""
+    with np.errstate(over="ignore"):
+        out[:] = raw.astype(out.dtype)
+    if not np.array_equal(np.isfinite(raw), np.isfinite(out)):
+        raise CheckpointError(f"{what} has values too large for {out.dtype}")
+
+
+@contextlib.contextmanager
+def _open(file: Path, what: str = "") -> Iterator[io.BufferedReader]:
     try:
-        return open(file, "rb")
+        with open(file, "rb") as stream:
+            yield stream
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
+        raise CheckpointError(f"{file}: {what}cannot be read ({error.strerror})") from None
 
 
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array whose memory JAX can take over."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
@@ -147,7 +159,8 @@ def read_header(file: Path) -> tuple[list[Tensor], list[str]]:
         if not isinstance(kind, str):
             raise CheckpointError(f"{file}: damaged header entry for tensor {name!r}")
         if kind not in DTYPES:
-            problems.append(f"tensor {name!r} has dtype {kind}: only {', '.join(DTYPES)} are read")
+            read = ", ".join(DTYPES)
+            problems.append(f"tensor {name!r} has dtype {kind} in {file.name}, not one of {read}")
             continue
         if min(shape, default=0) < 0 or end - begin != math.prod(shape) * DTYPES[kind].itemsize:
             raise CheckpointError(
@@ -200,49 +213,3 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: not a JSON object")
     return value
-
-
-def write_folder(
-    folder: Path,
-    sizes: Mapping[str, int],
-    make: Callable[[list[str]], dict[str, np.ndarray]],
-    shard_bytes: int,
-) -> None:
-    """Writes the tensors of a checkpoint: as one file, or as shards with an index.
-
-    Args:
-      folder: exists.
-      sizes: bytes of each tensor, by name.
-      make: called with the names of one shard after the other, gives their tensors.
-      shard_bytes: at most, unless a single tensor is larger.
-    """
-    shards = _split(sizes, shard_bytes)
-    if len(shards) == 1:
-        _write_shard(make(shards[0]), folder / SINGLE)
-        return
-    places: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_shard(make(names), folder / file)
-        places |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _split(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    room = shard_bytes
-    for name, size in sizes.items():
-        if size > room and shards[-1]:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= size
-    return shards
-
-
-def _write_shard(tensors: dict[str, np.ndarray], file: Path) -> None:
-    file.touch()
-    usual = file.stat().st_mode
-    save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(usual)  # the library leaves files that only their owner can read
