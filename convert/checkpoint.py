@@ -8,11 +8,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from convert.folder import CONFIG, WEIGHTS
+from convert.folder import CONFIG, INDEX, WEIGHTS
 from convert.legacy_config import read_legacy
 from convert.mapping import Entry, copies, mapping
 from convert.orbax_io import Leaf, read_arrays
-from convert.safetensors_read import Tensor, aligned_empty, read_folder, read_json
+from convert.safetensors_read import (
+    DTYPES,
+    SINGLE,
+    Tensor,
+    aligned_empty,
+    read_folder,
+    read_json,
+)
 from zaya_jax.config import ZayaConfig, is_legacy
 from zaya_jax.errors import CheckpointError, ConfigError
 
@@ -34,12 +41,14 @@ class Checkpoint:
       layout: of its files.
       config: the architecture.
       leaves: of the tree, by their path, in the order of the mapping table.
+      dropped: tensors that only repeat a leaf.
     """
 
     folder: Path
     layout: Layout
     config: ZayaConfig
     leaves: dict[str, Leaf]
+    dropped: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +76,7 @@ class Stacked:
 
 def layout_of(folder: Path) -> Layout:
     """The layout of a folder, by its config and what it holds."""
-    if (folder / WEIGHTS).is_dir() and not any(folder.glob("*.safetensors")):
+    if (folder / WEIGHTS).is_dir() and not _holds_safetensors(folder):
         return "orbax"
     return "hf-legacy" if is_legacy(read_json(folder / CONFIG)) else "hf"
 
@@ -76,8 +85,11 @@ def read_config(folder: Path) -> ZayaConfig:
     """The configuration of a checkpoint. Raises as `open_checkpoint` does."""
     if layout_of(folder) != "hf-legacy":
         return _config(folder, [])
-    holds_weights = any(folder.glob("*.safetensors"))
-    return _config(folder, read_folder(folder)[0] if holds_weights else [])
+    return _config(folder, read_folder(folder)[0] if _holds_safetensors(folder) else [])
+
+
+def _holds_safetensors(folder: Path) -> bool:
+    return (folder / SINGLE).exists() or (folder / INDEX).exists()
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -101,13 +113,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     shapes = {
         name: shape for path, entry in table.items() for name, shape in _wanted(layout, path, entry)
     }
-    if layout != "orbax":
-        problems += _drop_copies(config, layout, found)
+    dropped = () if layout == "orbax" else _drop_copies(config, layout, found, problems)
     what = "array" if layout == "orbax" else "tensor"
     problems += [f"missing {what} {name!r} {s}" for name, s in shapes.items() if name not in found]
     for name, leaf in found.items():
         if name not in shapes:
             problems.append(f"unknown {what} {name!r} {leaf.shape}{_place(leaf)}")
+        elif leaf.dtype not in DTYPES.values():
+            problems.append(f"{what} {name!r} is {leaf.dtype}, not one of {', '.join(DTYPES)}")
         elif leaf.shape != shapes[name]:
             problems.append(
                 f"{what} {name!r} has shape {leaf.shape}, expected {shapes[name]}{_place(leaf)}"
@@ -121,7 +134,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             leaves[path] = Stacked(parts) if is_stacked(layout, entry) else parts[0]
     if problems:
         raise CheckpointError(f"{folder}: {len(problems)} problems: " + "; ".join(problems))
-    return Checkpoint(folder, layout, config, leaves)
+    return Checkpoint(folder, layout, config, leaves, dropped)
 
 
 def _place(leaf: Leaf) -> str:
@@ -170,19 +183,22 @@ def _check_names(folder: Path, layout: Layout, names: Iterable[str]) -> None:
             )
 
 
-def _drop_copies(config: ZayaConfig, layout: Layout, found: dict[str, Tensor]) -> list[str]:
-    """Takes tensors out that only repeat another one; problems with those that do not."""
-    problems = []
+def _drop_copies(
+    config: ZayaConfig, layout: Layout, found: dict[str, Tensor], problems: list[str]
+) -> tuple[str, ...]:
+    """Takes tensors out that only repeat another one; those that do not are problems."""
+    dropped = []
     for name, path in copies(config).items():
         (original,) = names_in(layout, path, mapping(config)[path])
         if name in found and original in found:
             if _same(found[name], found[original]):
                 del found[name]
+                dropped.append(name)
             else:
                 problems.append(
                     f"{name} differs from the embedding, but tie_word_embeddings is true"
                 )
-    return problems
+    return tuple(dropped)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

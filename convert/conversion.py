@@ -12,12 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from convert.checkpoint import NAMES, Checkpoint, Layout, is_stacked, names_in, open_checkpoint
-from convert.folder import find, read_carried, replacing
-from convert.mapping import Entry, copies, mapping
+from convert.folder import find, read_carried, recover, replacing, resolved, unfinished
+from convert.legacy_config import write_legacy
+from convert.mapping import Entry, mapping
 from convert.orbax_io import Leaf
 from convert.writing import MAX_SHARD_BYTES, write_checkpoint
 from zaya_jax.config import ZayaConfig
-from zaya_jax.errors import CheckpointError
+from zaya_jax.errors import CheckpointError, InputError
+from zaya_jax.loading import parse_dtype
 from zaya_jax.sharding import check_mesh, parameter_sharding
 
 Skip = Literal["zero", "identity"]
@@ -74,7 +76,7 @@ class Plan:
             for i in range(entry.shape[0]):
                 old, new = (_row_name(layout, path, entry, i) for layout in layouts)
                 yield old, was, new, becomes, "x".join(map(str, entry.shape[1:]))
-        for name in copies(self.config):
+        for name in self.source.dropped:
             yield name, "", "dropped: a copy of the embedding", "", ""
 
 
@@ -82,19 +84,28 @@ def plan(
     source: str | os.PathLike[str],
     to: Layout,
     *,
-    dtype: np.dtype | None = None,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
     skip: Skip | None = None,
 ) -> Plan:
     """Opens and checks the source, and what becomes of it. Arguments and errors are those of
     `convert`."""
+    kind = None if dtype is None else parse_dtype(dtype)
+    if mesh is not None and to != "orbax":
+        raise InputError("a mesh is for Orbax: safetensors are not sharded by device")
     checkpoint = open_checkpoint(find(source))
     table = mapping(checkpoint.config)
     leaves = dict(checkpoint.leaves)
-    if dtype is not None:
+    if kind is not None:
         for path, leaf in leaves.items():
-            kind = np.dtype(np.float32) if table[path].always_float32 else dtype
-            leaves[path] = Converted(leaf, kind)
-    return Plan(checkpoint, to, _settle_skip(checkpoint, to, skip), leaves)
+            fixed = table[path].always_float32
+            leaves[path] = Converted(leaf, np.dtype(np.float32) if fixed else kind)
+    config = _settle_skip(checkpoint, to, skip)
+    if to == "hf-legacy":
+        write_legacy(config)  # raises where it cannot be expressed
+    if mesh is not None:
+        check_mesh(config, mesh)
+    return Plan(checkpoint, to, config, leaves)
 
 
 def convert(
@@ -102,7 +113,7 @@ def convert(
     destination: str | os.PathLike[str],
     to: Layout,
     *,
-    dtype: np.dtype | None = None,
+    dtype: Any = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     mesh: Mesh | None = None,
     skip: Skip | None = None,
@@ -116,7 +127,8 @@ def convert(
       source: a folder of any layout, or a repository on the Hugging Face hub.
       destination: the new folder.
       to: its layout.
-      dtype: of all tensors but the balancing biases, which become float32; as stored by default.
+      dtype: float32, bfloat16 or float16, of all tensors but the balancing biases, which become
+        float32; as stored by default.
       max_shard_bytes: of a safetensors file, unless one tensor is larger.
       mesh: an Orbax checkpoint is written in the pieces that its devices hold. It can be loaded on
         any other.
@@ -128,14 +140,18 @@ def convert(
     Raises:
       CheckpointError: the source is damaged or incomplete, the destination cannot be written, or
         the new checkpoint would be another model.
-      ConfigError: naming the field of config.json at fault.
+      ConfigError: naming the field of config.json at fault, or the dtype or mesh.
+      InputError: a mesh for another layout than Orbax.
     """
-    planned = plan(source, to, dtype=dtype, skip=skip)
+    path = Path(destination)
+    recover(resolved(path))  # which may be the source
+    planned = plan(source, to, dtype=dtype, mesh=mesh, skip=skip)
+    if planned.source.folder.resolve().is_relative_to(unfinished(resolved(path))):
+        raise CheckpointError(f"{source}: would be removed as an unfinished {path}; move it first")
     shardings = None
     if mesh is not None:
-        check_mesh(planned.config, mesh)
         shardings = {path: parameter_sharding(path, mesh) for path in planned.leaves}
-    path, done, total = Path(destination), 0, planned.nbytes
+    done, total = 0, planned.nbytes
 
     def wrote(count: int) -> None:
         nonlocal done

@@ -1,6 +1,7 @@
 """Folders of checkpoints: finding them here or on the hub, and replacing them at once and whole."""
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -24,6 +25,11 @@ CARRIED = (
 WEIGHTS = "weights"
 INDEX = "model.safetensors.index.json"
 _OWN = {CONFIG, CHECKSUMS, WEIGHTS, INDEX, *CARRIED}
+_SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+_OF_ORBAX = re.compile(
+    r"_CHECKPOINT_METADATA|_METADATA|_sharding|array_metadatas|commit_success\.txt|d"
+    r"|manifest\.ocdbt|ocdbt\.process_\d+"
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", f"{WEIGHTS}/*")
 
@@ -43,6 +49,8 @@ def find(path_or_hub_id: str | os.PathLike[str], hub_files: Sequence[str] = HUB_
             return path
         if path.exists():
             raise CheckpointError(f"{path}: is a file, expected a checkpoint folder")
+        if (moved := unfinished(path) / "old").is_dir():
+            raise CheckpointError(f"{path}: was interrupted while being replaced; it is in {moved}")
     except OSError:
         raise CheckpointError(f"{name[:80]}...: no path can be that long") from None
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
@@ -75,44 +83,104 @@ def replacing(path: Path, overwrite: bool = True) -> Iterator[Path]:
     put back.
 
     Raises:
-      CheckpointError: the path holds something else than a checkpoint, or cannot be written; or
-        something at all, without `overwrite`.
+      CheckpointError: `check_destination` refuses it, it cannot be written, or another process is
+        writing there.
     """
-    path = path.resolve()
-    temporary = path.parent / f".{path.name}.unfinished"
-    folder, replaced = temporary / "new", temporary / "old"
+    path = resolved(path)
     try:
-        if replaced.exists() and not path.exists():
-            replaced.rename(path)
-        _check_replaceable(path, overwrite)
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        folder.mkdir(parents=True)
-        try:
+        with _locked(unfinished(path)) as temporary:
+            _put_back(path)
+            check_destination(path, overwrite)
+            folder, replaced = temporary / "new", temporary / "old"
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
+            folder.mkdir()
             yield folder
             _sync(folder)
             _swap_in(folder, path, replaced)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         where = error.filename or path
         raise CheckpointError(f"{where}: cannot be written ({error.strerror or error})") from None
 
 
-def _check_replaceable(path: Path, overwrite: bool) -> None:
+def resolved(path: Path) -> Path:
+    """A path without links. Raises CheckpointError where there can be none."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{str(path)!r}: cannot be written ({error})") from None
+
+
+def unfinished(path: Path) -> Path:
+    """Where the checkpoint that is to become `path` is made."""
+    return path.parent / f".{path.name}.unfinished"
+
+
+def recover(path: Path) -> None:
+    """Puts a checkpoint back that was about to be replaced when its process was killed. Raises
+    CheckpointError where another one is writing."""
+    if os.path.exists(unfinished(path) / "old"):
+        with _locked(unfinished(path)):
+            _put_back(path)
+
+
+def _put_back(path: Path) -> None:
+    replaced = unfinished(path) / "old"
+    if replaced.is_dir() and not (path.exists() and any(path.iterdir())):
+        if path.exists():
+            path.rmdir()
+        replaced.rename(path)
+
+
+def check_destination(path: Path, overwrite: bool) -> None:
+    """Raises CheckpointError where a path holds something else than a checkpoint, so that it must
+    not be replaced; or something at all, without `overwrite`."""
+    path = resolved(path)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path}: is a file, so no checkpoint is written there")
     if Path.cwd().is_relative_to(path):
         raise CheckpointError(f"{path}: is the current directory; give a folder of its own")
-    entries = sorted(path.iterdir()) if path.exists() else []
-    for entry in entries:
-        own = entry.name in _OWN or entry.suffix == ".safetensors"
-        if entry.name == WEIGHTS:  # Orbax's, or anybody's
-            own = (entry / "_CHECKPOINT_METADATA").exists()
-        if not own:
-            raise CheckpointError(f"{path}: holds {entry.name!r} too, so it is not replaced")
-    if entries and not overwrite:
+    if path.is_mount():
+        raise CheckpointError(f"{path}: is where a disk is mounted; give a folder in it")
+    names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    for name in sorted(names):
+        if not _is_ours(path / name):
+            raise CheckpointError(f"{path}: holds {name!r} too, so it is not replaced")
+    if names and CONFIG not in names:
+        raise CheckpointError(f"{path}: has no {CONFIG}, so it is no checkpoint and not replaced")
+    if names and not overwrite:
         raise CheckpointError(f"{path}: exists; say --overwrite to replace the checkpoint")
+
+
+def _is_ours(entry: Path) -> bool:
+    """Whether something in a folder belongs to a checkpoint."""
+    if entry.name == WEIGHTS:  # Orbax's, or anybody's
+        return entry.is_dir() and all(_OF_ORBAX.fullmatch(e.name) for e in entry.iterdir())
+    return entry.is_file() and (entry.name in _OWN or _SHARD.fullmatch(entry.name) is not None)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[Path]:
+    """A folder for this process alone, which is removed in the end unless it still holds what was
+    moved away."""
+    if folder.exists() and {entry.name for entry in folder.iterdir()} - {"lock", "new", "old"}:
+        raise CheckpointError(f"{folder}: is in the way; it is no unfinished checkpoint of ours")
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_same = os.fstat(lock.fileno()).st_ino == os.stat(lock.name).st_ino
+        except (BlockingIOError, FileNotFoundError):
+            is_same = False
+        if not is_same:
+            raise CheckpointError(f"{folder}: another process is writing there")
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder / "new", ignore_errors=True)
+            if not (folder / "old").exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _swap_in(folder: Path, path: Path, replaced: Path) -> None:
@@ -126,6 +194,7 @@ def _swap_in(folder: Path, path: Path, replaced: Path) -> None:
             replaced.rename(path)
         raise
     _sync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

@@ -63,7 +63,8 @@ _SAME = (
     "bos_token_id",
     "pad_token_id",
 )
-_STALE_LAYERS = 120  # that ZAYA1-base's config names, whose tensors have 80
+_STALE_LAYERS, _BASE_LAYERS = 120, 80  # that ZAYA1-base's config names, and that it has
+_MOST_LAYERS = 2048
 
 
 def read_legacy(values: Mapping[str, Any], layers: int) -> ZayaConfig:
@@ -71,8 +72,8 @@ def read_legacy(values: Mapping[str, Any], layers: int) -> ZayaConfig:
 
     Args:
       values: its contents.
-      layers: that the tensors belong to, which counts where the config's number may be stale; 0
-        if that is not known.
+      layers: that the tensors belong to, by which ZAYA1-base is known, whose config names 120 and
+        has 80; 0 if that is not known.
 
     Raises:
       ConfigError: naming the key that is unknown, out of range, contradicts another one, or
@@ -100,8 +101,9 @@ def read_legacy(values: Mapping[str, Any], layers: int) -> ZayaConfig:
     groups = keys.take_each("num_key_value_heads", attention, groups)
     head_dim = keys.take_each("kv_channels", attention)
     head_dim = keys.take_each("head_dim", attention, head_dim)
+    size = keys.values.get("hidden_size", ZayaConfig.hidden_size)
     if head_dim is None and heads is not None and isinstance(all_heads, int) and all_heads > 0:
-        head_dim = keys.values.get("hidden_size", ZayaConfig.hidden_size) // all_heads
+        head_dim = size // all_heads if isinstance(size, int) else None
     fields: dict[str, Any] = {
         "num_hidden_layers": blocks,
         "num_experts": experts,
@@ -200,9 +202,12 @@ def _layers(keys: _Keys, found: int) -> tuple[int, int | None]:
     experts = keys.take("num_experts")
     if listed is None:
         number = 2 * ZayaConfig.num_hidden_layers if number is None else number
-        number = found if number == _STALE_LAYERS and found else number
-        if not isinstance(number, int) or number < 2 or number % 2:
-            raise ConfigError(f"num_hidden_layers must be even in a legacy config, got {number!r}")
+        number = found if (number, found) == (_STALE_LAYERS, _BASE_LAYERS) else number
+        if not isinstance(number, int) or not 2 <= number <= _MOST_LAYERS or number % 2:
+            raise ConfigError(
+                f"num_hidden_layers must be even and at most {_MOST_LAYERS} in a legacy config, "
+                f"got {number!r:.80}"
+            )
         return number // 2, experts
     if not isinstance(listed, list) or len(listed) % 2 or not listed:
         raise ConfigError(f"zaya_layers must list pairs of layers, got {listed!r:.80}")

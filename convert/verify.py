@@ -12,14 +12,15 @@ from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.folder import CHECKSUMS
 from convert.orbax_io import Leaf
 from convert.safetensors_read import read_json
-from zaya_jax.config import SLIDING
+from zaya_jax.config import FULL, SLIDING
 
 _BLOCK = 1 << 26  # bytes of a leaf in memory at a time, about
 
 
 @dataclasses.dataclass
 class Range:
-    """What the values of all leaves of one kind are like."""
+    """What the values of all leaves of one kind are like; without finite values, least, most and
+    mean mean nothing."""
 
     count: int = 0
     nan: int = 0
@@ -43,9 +44,12 @@ class Range:
             self.total += float(values.sum(dtype=np.float64))
 
     @property
+    def finite(self) -> int:
+        return self.count - self.nan - self.infinite
+
+    @property
     def mean(self) -> float:
-        finite = self.count - self.nan - self.infinite
-        return self.total / finite if finite else math.nan
+        return self.total / self.finite if self.finite else math.nan
 
 
 @dataclasses.dataclass
@@ -74,10 +78,13 @@ def verify(folder: Path, on_progress: Callable[[int, int], None] = lambda *_: No
       CheckpointError, ConfigError: it cannot be opened or read to its end.
     """
     checkpoint = open_checkpoint(folder)
-    stored = read_json(folder / CHECKSUMS) if (folder / CHECKSUMS).exists() else {}
+    has_sums = (folder / CHECKSUMS).exists()
+    stored = read_json(folder / CHECKSUMS) if has_sums else {}
     leaves = checkpoint.leaves
     ranges: dict[str, Range] = {}
-    problems = [f"{CHECKSUMS} has no {path!r}" for path in leaves if stored and path not in stored]
+    problems = [
+        f"{CHECKSUMS} has no {path!r}" for path in leaves if has_sums and path not in stored
+    ]
     all_sums, done = hashlib.sha256(), 0
     total = sum(math.prod(leaf.shape) for leaf in leaves.values())
     for path, leaf in leaves.items():
@@ -110,6 +117,8 @@ def compare(
     ignored = {"skip_expert"}  # which the layouts give different names to
     if SLIDING not in a.config.layer_types:
         ignored |= {"sliding_window", "sliding_rope"}
+    if FULL not in a.config.layer_types:
+        ignored.add("rope")
     fields = [f.name for f in dataclasses.fields(a.config) if f.name not in ignored]
     differences = [
         f"config: {name} is {x!r}, and {y!r}"

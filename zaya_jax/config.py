@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from zaya_jax.errors import ConfigError
 
+MOST_LAYERS = 1024  # that no model comes near: what a mistyped number would build must fit
 FULL, SLIDING = "hybrid", "hybrid_sliding"
 
 # Keys of a Hugging Face config that say nothing about the forward pass. `rope_type` once strayed to
@@ -126,6 +127,8 @@ class ZayaConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise ConfigError(f"num_hidden_layers must be at most {MOST_LAYERS}")
         if not self.layer_types:
             object.__setattr__(self, "layer_types", (FULL,) * max(self.num_hidden_layers, 0))
         _check_values(self)
@@ -309,7 +312,7 @@ def _check_values(config: ZayaConfig) -> None:
         config.sliding_window is None or 0 < config.sliding_window < 2**31,
         f"sliding_window must be positive and fit 32 bits, got {config.sliding_window}",
     )
-    for kind in sorted(set(config.layer_types)):
+    for kind in (FULL, SLIDING):
         name, rope = "rope" if kind == FULL else "sliding_rope", config.layer_rope(kind)
         require(
             _is_number(rope.theta) and 0 < rope.theta < 1e30,
@@ -322,7 +325,7 @@ def _check_values(config: ZayaConfig) -> None:
         )
         rotary = int(config.head_dim * factor)
         require(
-            rotary % 2 == 0,
+            rotary % 2 == 0 or kind not in config.layer_types,
             f"{name}: partial_rotary_factor {factor} rotates an odd number of channels ({rotary})",
         )
     require(

@@ -18,6 +18,7 @@ LOGICAL_AXES = {
     "experts/gate_up_proj": ("expert", None, None),
     "experts/down_proj": ("expert", None, None),
 }
+MOST_SIMULATED = 1024
 MESH_AXES = {"expert": "expert"}
 
 
@@ -52,7 +53,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 def simulate_devices(count: int) -> None:
     """Lets one processor stand for that many devices, where JAX has not started yet and finds no
     accelerator."""
-    if jax.config.jax_num_cpu_devices < count:
+    if jax.config.jax_num_cpu_devices < count <= MOST_SIMULATED:
         with contextlib.suppress(RuntimeError):  # JAX has started
             jax.config.update("jax_num_cpu_devices", count)
 

@@ -19,7 +19,7 @@ from legacy import as_base, legacy_config, legacy_tensors, write_legacy_copy
 from safetensors.numpy import load_file, save_file
 
 import zaya_jax
-from convert import conversion, safetensors_write
+from convert import conversion, safetensors_write, writing
 from convert.checkpoint import layout_of, open_checkpoint
 from convert.conversion import convert, plan, skip_is_reachable
 from convert.full_size import BASE_MEMORY, run
@@ -27,6 +27,7 @@ from convert.mapping import mapping
 from convert.synthetic import write_synthetic
 from convert.verify import compare
 from zaya_jax import CheckpointError, ConfigError, Zaya
+from zaya_jax.cli.main import main
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 NANO = Path(zaya_jax.__file__).parent / "nano"
@@ -99,13 +100,15 @@ def test_shards_are_of_the_size_asked_for(tmp_path):
 
 def test_tokenizer_template_and_generation_files_come_along(tmp_path):
     source = shutil.copytree(NANO, tmp_path / "source")
-    for name in ("chat_template.jinja", "generation_config.json", "special_tokens_map.json"):
-        (source / name).write_text("{}")
+    files = "tokenizer.json tokenizer_config.json tokenizer.model chat_template.jinja"
+    files += " generation_config.json special_tokens_map.json added_tokens.json"
+    for name in files.split():
+        if not (source / name).exists():
+            (source / name).write_text(f'{{"of": "{name}"}}')
     for layout in LAYOUTS:
         convert(source, tmp_path / layout, layout)
-        for file in source.glob("*.*"):
-            if file.name not in ("config.json", "model.safetensors"):
-                assert (tmp_path / layout / file.name).read_bytes() == file.read_bytes()
+        for name in files.split():
+            assert (tmp_path / layout / name).read_bytes() == (source / name).read_bytes()
 
 
 @pytest.mark.parametrize("base", [False, True], ids=["8B", "base"])
@@ -224,7 +227,10 @@ def test_whether_a_token_can_reach_the_skip_class(biases, reachable):
 
 
 def test_a_reachable_skip_class_is_converted_only_with_its_meaning_said(tmp_path):
-    source = checkpoint(tmp_path / "source", TINY, skip_bias=0.05)
+    params = random_params(TINY, skip_bias=-1.5)
+    biases = params["balancing"]["layers"][-1]["mlp"]["gate"]  # in a single layer, the last
+    biases["balancing_biases"] = biases["balancing_biases"].at[-1].set(0.05)
+    Zaya(params, TINY).save(source := tmp_path / "source")
     with pytest.raises(
         CheckpointError, match=r"reach the skip class, which means 'zero' here and "
     ):
@@ -297,10 +303,21 @@ def test_a_tied_head_that_repeats_the_embedding_is_dropped(tmp_path):
             convert(folder, tmp_path / "out", "hf")
 
 
+def test_a_head_that_differs_late_from_the_embedding_is_no_copy(tmp_path):
+    """Beyond the first rows that are compared at a time."""
+    source = checkpoint(tmp_path / "source", replace(TINY, vocab_size=5000))
+    found = load_file(source / "model.safetensors")
+    head = found["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 1
+    save_file(found | {"lm_head.weight": head}, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from the embedding"):
+        open_checkpoint(source)
+
+
 def test_dry_run_shows_every_tensor_and_writes_nothing(tmp_path):
     source = checkpoint(tmp_path / "source", TINY)
     rows = list(plan(source, "hf-legacy", dtype=np.dtype(np.float16)).rows())
-    targets = [row[2] for row in rows[:-1]]
+    targets = [row[2] for row in rows]
     assert targets == [name for entry in mapping(TINY).values() for name in entry.legacy]
     text = "\n".join(" ".join(row) for row in rows)
     assert all(entry.name in text for entry in mapping(TINY).values())
@@ -309,8 +326,37 @@ def test_dry_run_shows_every_tensor_and_writes_nothing(tmp_path):
         "model.layers.3.zaya_block.experts.local_experts.2.linear_fc2.weight float16 32x24"
     ) in text
     assert "model.norm.weight float32 model.final_norm.weight float16 32" in text
-    assert "lm_head.weight  dropped: a copy of the embedding" in text
+    assert "lm_head" not in text
+    found = load_file(source / "model.safetensors")
+    copy = {"lm_head.weight": found["model.embed_tokens.weight"].copy()}
+    save_file(found | copy, source / "model.safetensors")
+    (*_, last) = plan(source, "hf").rows()
+    assert " ".join(last).strip() == "lm_head.weight  dropped: a copy of the embedding"
     assert sorted(tmp_path.iterdir()) == [source]
+
+
+def test_dry_run_refuses_what_the_run_would(tmp_path, capsys):
+    one = checkpoint(tmp_path / "one", replace(ODD, sliding_window=1))
+    tiny = checkpoint(tmp_path / "tiny", TINY)
+    for arguments, message in (
+        ([one, tmp_path / "out", "--to", "hf-legacy"], "no sliding_window of 1"),
+        ([tiny, one, "--to", "hf"], "one: exists; say --overwrite"),
+        ([tiny, tmp_path / "out", "--to", "orbax", "--mesh", "expert=0"], "mesh 'expert=0'"),
+        ([tiny, tmp_path / "out", "--to", "hf", "--mesh", "data=1"], "a mesh is for Orbax"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["convert", *map(str, arguments), "--dry-run"])
+        assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_dtype_is_said_as_elsewhere_and_only_those_that_models_have(tmp_path):
+    source = checkpoint(tmp_path / "source", TINY)
+    for number, dtype in enumerate(("bfloat16", jax.numpy.bfloat16, np.dtype(np.float16))):
+        convert(source, tmp_path / str(number), "orbax", dtype=dtype)
+    for dtype in ("int8", np.dtype("int8"), "float64", "nonsense"):
+        with pytest.raises(ConfigError, match="dtype must be float32, bfloat16 or float16"):
+            convert(source, tmp_path / "out", "orbax", dtype=dtype)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_existing_checkpoint_is_replaced_only_when_asked(tmp_path):
@@ -436,6 +482,107 @@ def test_a_checkpoint_that_was_being_replaced_is_put_back(tmp_path):
     with pytest.raises(CheckpointError, match="exists; say --overwrite"):
         convert(source, tmp_path / "out", "orbax")
     assert not compare(source, tmp_path / "out")
+
+
+def test_an_in_place_conversion_that_was_killed_is_recovered(tmp_path):
+    """Between the two renames, where the source itself is what was moved away."""
+    place = checkpoint(tmp_path / "place", TINY)
+    shutil.copytree(place, tmp_path / "same")
+    (tmp_path / ".place.unfinished").mkdir()
+    place.rename(tmp_path / ".place.unfinished" / "old")
+    with pytest.raises(CheckpointError, match=r"it is in .*\.place\.unfinished/old"):
+        zaya_jax.load(place)
+    convert(place, place, "orbax", overwrite=True)
+    assert layout_of(place) == "orbax" and not compare(tmp_path / "same", place)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["place", "same"]
+
+
+def test_a_checkpoint_that_was_being_replaced_outlives_a_folder_made_in_its_place(tmp_path):
+    source = checkpoint(tmp_path / "source", TINY)
+    shutil.copytree(source, tmp_path / "out")
+    (tmp_path / ".out.unfinished").mkdir()
+    (tmp_path / "out").rename(tmp_path / ".out.unfinished" / "old")
+    (tmp_path / "out").mkdir()  # as a job script does
+    with pytest.raises(CheckpointError, match="exists; say --overwrite"):
+        convert(source, tmp_path / "out", "orbax")
+    assert not compare(source, tmp_path / "out")
+
+
+def test_what_is_left_of_an_unfinished_run_is_no_source_for_the_same_place(tmp_path):
+    made = checkpoint(tmp_path / ".out.unfinished" / "new", TINY)
+    with pytest.raises(CheckpointError, match="would be removed as an unfinished"):
+        convert(made, tmp_path / "out", "hf")
+    assert open_checkpoint(made)
+
+
+def test_two_runs_cannot_write_to_the_same_place(tmp_path):
+    first, second = (checkpoint(tmp_path / n, TINY) for n in ("first", "second"))
+
+    def meanwhile(*_):
+        with pytest.raises(CheckpointError, match="another process is writing there"):
+            convert(second, tmp_path / "out", "orbax")
+
+    convert(first, tmp_path / "out", "hf", on_progress=meanwhile)
+    assert layout_of(tmp_path / "out") == "hf" and not compare(first, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["first", "out", "second"]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["mine.safetensors"],
+        ["model.safetensors"],  # without a config, anybody's
+        ["config.json", "mine.safetensors"],
+        ["config.json", "model.safetensors/thesis.txt"],
+        ["config.json/thesis.txt"],
+        ["config.json", "weights/_CHECKPOINT_METADATA", "weights/thesis.txt"],
+    ],
+    ids=" ".join,
+)
+def test_nothing_that_may_not_be_a_checkpoint_is_replaced(tmp_path, files):
+    source = checkpoint(tmp_path / "source", TINY)
+    for file in files:
+        (tmp_path / "out" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / file).write_text("precious")
+    with pytest.raises(CheckpointError, match="not replaced"):
+        convert(source, tmp_path / "out", "hf", overwrite=True)
+    assert all((tmp_path / "out" / file).read_text() == "precious" for file in files)
+
+
+def test_a_folder_that_only_has_the_name_of_an_unfinished_one_stays(tmp_path):
+    source = checkpoint(tmp_path / "source", TINY)
+    (tmp_path / ".out.unfinished").mkdir()
+    (tmp_path / ".out.unfinished" / "thesis.txt").write_text("precious")
+    with pytest.raises(CheckpointError, match="is no unfinished checkpoint of ours"):
+        convert(source, tmp_path / "out", "hf")
+    assert (tmp_path / ".out.unfinished" / "thesis.txt").read_text() == "precious"
+
+
+def test_places_that_cannot_be_are_one_line(tmp_path, monkeypatch):
+    source = checkpoint(tmp_path / "source", TINY)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for place in (tmp_path / "loop", "a\0b"):
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            convert(source, place, "hf")
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+    with pytest.raises(CheckpointError, match="disk: is where a disk is mounted"):
+        convert(source, tmp_path / "disk", "hf")
+
+
+def test_the_config_is_written_last(tmp_path, monkeypatch):
+    """A folder without it is no checkpoint to anybody."""
+    source, written = checkpoint(tmp_path / "source", TINY), []
+    original = safetensors_write.write_durably
+
+    def recorded(file, data):
+        written.append((file.name, {p.name for p in file.parent.iterdir()}))
+        original(file, data)
+
+    monkeypatch.setattr(writing, "write_durably", recorded)
+    for layout, weights in (("hf", "model.safetensors"), ("orbax", "weights")):
+        convert(source, tmp_path / layout, layout)
+        assert written[-1] == ("config.json", {weights, "checksums.json"})
 
 
 def test_ctrl_c_leaves_the_old_checkpoint(tmp_path):

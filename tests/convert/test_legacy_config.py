@@ -36,7 +36,11 @@ def test_the_base_config_lists_every_layer_and_counts_them_wrongly():
 
 
 def test_a_stale_number_of_layers_gives_way_to_the_tensors():
-    assert read_legacy(VALUES | {"num_hidden_layers": 120}, 80).num_hidden_layers == 40
+    """Of ZAYA1-base alone: another model of 120 layers, of which some are missing, is damaged."""
+    stale = VALUES | {"num_hidden_layers": 120}
+    assert read_legacy(stale, 80).num_hidden_layers == 40
+    for found in (0, 78, 118, 119, 120):
+        assert read_legacy(stale, found).num_hidden_layers == 60
 
 
 def test_absent_keys_have_defaults():
@@ -96,8 +100,11 @@ def test_other_spellings_of_the_same_model(change):
         ({"swa_layers": [4, 0]}, "swa_layers must list 80 layers"),
         ({"swa_layers": ["x", 0] * 40}, "swa_layers has a window of 'x'"),
         ({"sliding_window": 4096}, "sliding_window is 4096, but swa_layers says none"),
-        ({"num_hidden_layers": 79}, "num_hidden_layers must be even in a legacy config, got 79"),
+        ({"num_hidden_layers": 79}, "num_hidden_layers must be even and at most 2048 .* got 79"),
         ({"num_hidden_layers": "80"}, "num_hidden_layers must be even"),
+        ({"num_hidden_layers": 10**20}, "num_hidden_layers must be even and at most 2048"),
+        ({"swa_rotary_base": [1]}, r"sliding_rope: theta must be positive and finite, got \[1\]"),
+        ({"rope_theta": "x"}, "rope: theta must be positive and finite, got 'x'"),
         ({"zaya_layers": ["a", 16, 16, "a"]}, "zaya_layers must alternate 'a' and one number"),
         ({"zaya_layers": ["a", 16, "a", 8]}, "zaya_layers must alternate 'a' and one number"),
         ({"zaya_layers": ["a", 8] * 40}, "num_experts is 16, zaya_layers says 8"),
@@ -121,10 +128,13 @@ def test_another_model_is_refused_by_name(change, message):
 
 
 def test_any_junk_is_a_config_error():
-    for name in [*VALUES, "swa_layers", "zaya_layers", "cca_num_q_heads", "rope_parameters"]:
-        for junk in ([], {}, "x", -3, 1.5, [None], ["a"], {"rope_theta": "x"}, True, [[1]] * 80):
-            with contextlib.suppress(ConfigError):
-                read_legacy(VALUES | {name: junk}, 80)
+    names = [*VALUES, "swa_layers", "zaya_layers", "cca_num_q_heads", "rope_parameters"]
+    junks = ([], {}, "x", -3, 1.5, [None], ["a"], {"rope_theta": "x"}, True, [[1]] * 80, 10**20)
+    for values in (VALUES, as_base(VALUES)):
+        for name in names:
+            for junk in junks:
+                with contextlib.suppress(ConfigError):
+                    read_legacy(values | {name: junk}, 80)
 
 
 def test_unused_windows_do_not_survive_and_need_not():

@@ -45,6 +45,23 @@ def test_what_orbax_saves_by_itself_is_read(saved, tmp_path, options):
     assert not compare(saved, folder)
 
 
+@pytest.mark.parametrize("dtype", ["int32", "float64"])
+def test_arrays_of_other_dtypes_are_refused(saved, tmp_path, dtype):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    shutil.rmtree(folder / "weights")
+    tree = jax.tree.map(lambda x: np.asarray(x).astype(dtype), random_params(ODD))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(folder / "weights", tree)
+    with pytest.raises(CheckpointError, match=f"'params/norm/weight' is {dtype}, not one of F32"):
+        open_checkpoint(folder)
+
+
+def test_an_adapter_beside_it_does_not_change_what_it_is(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    (folder / "adapter.safetensors").write_bytes(b"whatever")
+    assert not compare(saved, folder)
+
+
 def test_rows_are_read_alone(saved):
     leaf = open_checkpoint(saved).leaves["params/layers/1/mlp/experts/gate_up_proj"]
     whole = leaf.read()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convert.checkpoint import open_checkpoint
-from zaya_jax import CheckpointError, Zaya
+from zaya_jax import CheckpointError, ConfigError, Zaya
 
 WEIGHTS = "model.safetensors"
 
@@ -94,6 +94,67 @@ def test_a_header_that_claims_to_be_huge_is_not_allocated(saved, tmp_path):
         )
         with pytest.raises(CheckpointError, match="not a safetensors file, or truncated within"):
             open_checkpoint(folder)
+
+
+HUGE = int("9" * 4300)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [HUGE] * 3000, "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [-HUGE, HUGE]},
+        {"dtype": "F32", "shape": [1] * 1000, "data_offsets": [0, 4]},
+        {"dtype": "F\n\x1b[31mfoo", "shape": [1], "data_offsets": [0, 4]},
+    ],
+    ids=["shape", "offsets", "axes", "dtype"],
+)
+def test_numbers_and_names_that_no_honest_file_has(saved, tmp_path, entry):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    body = json.dumps({"model.norm.weight": entry}).encode()
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(body)) + body + b"0000")
+    assert read_all(folder) == "error"
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(folder)
+    assert "\x1b" not in str(error.value) and len(str(error.value)) < 20_000
+
+
+def test_very_many_names_take_no_time(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    entry = json.dumps({"dtype": "F32", "shape": [0], "data_offsets": [0, 0]})
+    body = ("{" + ",".join(f'"{i}":{entry}' for i in range(50_000)) + "}").encode()
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(body)) + body)
+    assert read_all(folder) == "error"
+
+
+def test_a_header_is_not_read_beyond_what_any_checkpoint_needs(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    with open(folder / WEIGHTS, "wb") as file:  # sparse: takes no room
+        file.write(struct.pack("<Q", 10**12 - 8))
+        file.truncate(10**12)
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("layers", [10**6, 10**9, 10**20])
+@pytest.mark.parametrize("dropped", ["layer_types", ""])
+def test_a_config_of_very_many_layers_is_refused_at_once(saved, tmp_path, layers, dropped):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    values = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": layers}
+    values.pop(dropped, None)
+    (folder / "config.json").write_text(json.dumps(values))
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match="num_hidden_layers must be at most 1024"):
+        open_checkpoint(folder)
+    assert time.monotonic() - begin < 5
+
+
+def test_a_shard_name_too_long_for_any_disk(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    index = {"weight_map": {"model.norm.weight": "a" * 300 + ".safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="of the index is missing"):
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize(

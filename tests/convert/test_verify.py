@@ -1,10 +1,11 @@
 """What `zaya verify` finds."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import TINY, random_params
+from helpers import ODD, TINY, random_params
 from safetensors.numpy import load_file, save_file
 
 import zaya_jax
@@ -77,11 +78,41 @@ def test_a_leaf_without_a_checksum_is_named(folders):
     assert verify(folders / "hf").problems == ["checksums.json has no 'params/norm/weight'"]
 
 
+def test_checksums_of_nothing_are_not_none(folders):
+    (folders / "hf" / "checksums.json").write_text("{}")
+    report = verify(folders / "hf")
+    assert len(report.problems) == len(report.checkpoint.leaves)
+
+
+def test_every_block_of_a_leaf_is_read_and_compared(folders, monkeypatch):
+    """With blocks of two rows; the damage is in the last."""
+    from convert import verify as module
+
+    monkeypatch.setattr(module, "_BLOCK", 2 * 4 * TINY.hidden_size)
+
+    def spoil(tensor):
+        tensor[-1, -1] = np.nan
+
+    edit(folders / "hf", "model.embed_tokens.weight", spoil)
+    nan, checksum = verify(folders / "hf").problems
+    assert "1 NaN" in nan and "differs from its checksum" in checksum
+    (difference,) = compare(folders / "hf", folders / "orbax")
+    assert "params/embed_tokens/weight: 1 of" in difference
+
+
+def test_a_rope_that_no_layer_uses_is_no_difference(tmp_path):
+    rope = zaya_jax.Rope(77.0, 1.0)
+    config = replace(ODD, layer_types=("hybrid_sliding",) * 3, rope=rope)
+    Zaya(random_params(config, skip_bias=-1.5), config).save(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "legacy", "hf-legacy")
+    assert not compare(tmp_path / "hf", tmp_path / "legacy")
+
+
 def test_comparing_names_dtypes_shapes_and_configs(folders):
     convert(folders / "hf", folders / "low", "orbax", dtype=np.dtype(np.float16))
     differences = compare(folders / "hf", folders / "low")
     assert len(differences) > 30 and all("float32" in line for line in differences)
-    other = zaya_jax.config.dataclasses.replace(TINY, moe_intermediate_size=16)
+    other = replace(TINY, moe_intermediate_size=16)
     Zaya(random_params(other), other).save(folders / "other")
     differences = compare(folders / "hf", folders / "other")
     assert "config: moe_intermediate_size is 24, and 16" in differences
@@ -109,8 +140,20 @@ def test_the_exit_code_tells(folders, capsys):
     assert "params/norm/weight: 32 NaN" in capsys.readouterr().out
     assert run("verify", folders / "hf", "--against", folders / "orbax") == 1
     assert "params/norm/weight: 32 of 32 values differ" in capsys.readouterr().out
-    assert run("verify", folders / "nowhere") == 2
+    out = folders / "out.json"
+    assert run("verify", folders / "nowhere", "--json", out) == 2
     assert "nowhere: no such folder" in capsys.readouterr().err
+    assert json.loads(out.read_text())["sound"] is False  # not what an earlier run found
+    assert run("verify", folders / "orbax", "--json", folders / "no" / "out.json") == 2
+    assert "Reading" not in capsys.readouterr().err
+
+
+def test_a_leaf_without_any_number_is_valid_json(folders):
+    edit(folders / "hf", "model.norm.weight", lambda t: t.fill(np.nan))
+    assert run("verify", folders / "hf", "--json", folders / "out.json") == 1
+    text = (folders / "out.json").read_text()
+    ranges = json.loads(text, parse_constant=lambda name: pytest.fail(name))["ranges"]
+    assert ranges["norm/weight"] == {"count": 32, "nan": 32, "infinite": 0}
 
 
 def test_known_outputs_are_compared(monkeypatch, capsys):

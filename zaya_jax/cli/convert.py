@@ -9,9 +9,9 @@ import tyro
 
 from convert.checkpoint import NAMES, Layout
 from convert.conversion import Plan, Skip, convert, plan
+from convert.folder import check_destination
 from zaya_jax.cli.output import console, mesh_of, progress
 from zaya_jax.errors import InputError
-from zaya_jax.loading import parse_dtype
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -40,25 +40,23 @@ class Convert:
     skip: Skip | None = None
     """What the router's skip class is to give, where tokens can reach it and the layouts differ."""
     dry_run: bool = False
-    """Print the whole mapping, and write nothing."""
+    """Print the whole mapping, say whether the destination is free, and write nothing."""
     overwrite: bool = False
     """Replace a checkpoint at the destination."""
 
     def run(self) -> None:
-        dtype = None if self.dtype is None else parse_dtype(self.dtype)
         shard_bytes = _parse_size(self.max_shard_size)
-        if self.mesh and self.to != "orbax":
-            raise InputError("--mesh is for --to orbax: safetensors are not sharded by device")
-        if self.dry_run:
-            _show(plan(self.source, self.to, dtype=dtype, skip=self.skip))
-            return
         mesh = mesh_of(self.mesh)
+        if self.dry_run:
+            _show(plan(self.source, self.to, dtype=self.dtype, mesh=mesh, skip=self.skip))
+            check_destination(self.destination, self.overwrite)
+            return
         with progress("Converting") as on_progress:
             done = convert(
                 self.source,
                 self.destination,
                 self.to,
-                dtype=dtype,
+                dtype=self.dtype,
                 max_shard_bytes=shard_bytes,
                 mesh=mesh,
                 skip=self.skip,

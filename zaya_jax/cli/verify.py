@@ -10,13 +10,15 @@ import tyro
 from convert.checkpoint import NAMES
 from convert.folder import CHECKSUMS, find
 from convert.verify import Report, compare, verify
-from zaya_jax.cli.output import console, progress, write_json
+from zaya_jax.cli.output import check_destination, console, progress, write_json
+from zaya_jax.errors import ZayaError
 from zaya_jax.evaluation.known import check_known_outputs, is_released
 
 
 @dataclasses.dataclass
 class Verify:
-    """Read every value of a checkpoint; exit code 0 if it is sound, 1 if something is wrong.
+    """Read every value of a checkpoint; exit code 0 if it is sound, 1 if values are not what they
+    should be, 2 if it cannot be opened or read to its end.
 
     Checks names, shapes and dtypes, the checksums that `zaya convert` left, and for NaN and
     infinite values, and shows the range of each kind of tensor.
@@ -33,26 +35,34 @@ class Verify:
     """Also write the result to this file."""
 
     def run(self) -> None:
-        if self.against is not None:
-            with progress("Comparing") as on_progress:
-                problems = compare(find(self.path), find(self.against), on_progress)
-            result: dict[str, Any] = {"differences": problems}
-            sound = f"{self.path} and {self.against} hold the same tensors"
-        else:
-            with progress("Reading") as on_progress:
-                report = verify(find(self.path), on_progress)
-            _show(report)
-            problems = report.problems
-            result = _as_json(report)
-            if self.outputs or is_released(self.path):
-                problems += check_known_outputs(self.path)
-            sound = f"{self.path}: sound"
-        write_json(self.json, {**result, "sound": not problems})
-        for problem in problems:
+        check_destination(self.json)
+        try:
+            result = self._compare() if self.against is not None else self._verify()
+        except ZayaError as error:
+            write_json(self.json, {"problems": [str(error)], "sound": False})
+            raise
+        write_json(self.json, result)
+        for problem in result["problems"]:
             console.print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
-        if problems:
+        if not result["sound"]:
             sys.exit(1)
-        console.print(sound, markup=False, highlight=False, soft_wrap=True)
+        against = f" and {self.against} hold the same tensors" if self.against else ": sound"
+        console.print(f"{self.path}{against}", markup=False, highlight=False, soft_wrap=True)
+
+    def _compare(self) -> dict[str, Any]:
+        assert self.against is not None
+        with progress("Comparing") as on_progress:
+            problems = compare(find(self.path), find(self.against), on_progress)
+        return {"problems": problems, "sound": not problems}
+
+    def _verify(self) -> dict[str, Any]:
+        with progress("Reading") as on_progress:
+            report = verify(find(self.path), on_progress)
+        _show(report)
+        problems = list(report.problems)
+        if self.outputs or is_released(self.path):
+            problems += check_known_outputs(self.path)
+        return {**_as_json(report), "problems": problems, "sound": not problems}
 
 
 def _show(report: Report) -> None:
@@ -74,13 +84,13 @@ def _show(report: Report) -> None:
 
 
 def _as_json(report: Report) -> dict[str, Any]:
-    ranges = {kind: dataclasses.asdict(r) | {"mean": r.mean} for kind, r in report.ranges.items()}
-    for values in ranges.values():
-        del values["total"]
+    ranges = {}
+    for kind, r in report.ranges.items():
+        values = {"least": r.least, "mean": r.mean, "most": r.most} if r.finite else {}
+        ranges[kind] = {"count": r.count, "nan": r.nan, "infinite": r.infinite, **values}
     return {
         "layout": report.checkpoint.layout,
         "checksum": report.checksum,
         "compared_with_checksums": report.compared,
         "ranges": ranges,
-        "problems": report.problems,
     }
