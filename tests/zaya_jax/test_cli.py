@@ -181,6 +181,6 @@ def test_convert_errors_are_one_line(capsys, tmp_path, monkeypatch):
     assert line.endswith("nano: exists; say --overwrite to replace the checkpoint")
     line = fails(capsys, "convert", nano, out, "--to", "hf", "--max-shard-size", "5 apples")
     assert "max-shard-size '5 apples': write it like 5G" in line
-    line = fails(capsys, "convert", nano, out, "--to", "hf", "--mesh", "expert=2")
-    assert "--mesh is for --to orbax" in line
+    line = fails(capsys, "convert", nano, out, "--to", "hf", "--mesh", "data=1")
+    assert "a mesh is for Orbax" in line
     assert not list(tmp_path.iterdir())

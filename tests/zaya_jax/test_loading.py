@@ -239,7 +239,7 @@ NORM, EMBED = "model.norm.weight", "model.embed_tokens.weight"
 GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
 DAMAGE = {
     "missing tensor": (drop(NORM), r"1 problems: missing tensor 'model.norm.weight' \(32,\)"),
-    "unknown tensor": (put("model.extra", np.ones(3)[:0]), "dtype F64"),
+    "unknown tensor": (put("model.extra", np.ones(3)[:0]), "dtype 'F64'"),
     "unknown name": (
         put("model.extra", np.ones(3, np.float32)),
         r"1 problems: unknown tensor 'model.extra' \(3,\)",
@@ -252,7 +252,7 @@ DAMAGE = {
         lambda f: (drop(NORM)(f), put("model.extra", np.ones(3, np.float32))(f)),
         r"2 problems: missing tensor 'model.norm.weight' .*; unknown tensor 'model.extra'",
     ),
-    "integer tensor": (put(NORM, np.ones(32, np.int64)), "'model.norm.weight' has dtype I64"),
+    "integer tensor": (put(NORM, np.ones(32, np.int64)), "'model.norm.weight' has dtype 'I64'"),
     "untied head though tied": (
         put("lm_head.weight", np.ones((64, 32), np.float32)),
         "lm_head.weight differs from the embedding, but tie_word_embeddings is true",
@@ -279,11 +279,11 @@ DAMAGE = {
     ),
     "duplicate across shards": (
         shard(duplicate_across_shards),
-        "duplicate tensor .* in a.safetensors and b.safetensors",
+        "duplicate tensor .* in 'a.safetensors' and 'b.safetensors'",
     ),
     "missing shard": (
         shard(lambda f: (f / "b.safetensors").unlink()),
-        "shard b.safetensors of the index is missing; missing tensor",
+        "shard 'b.safetensors' of the index is missing; missing tensor",
     ),
     "index names a tensor the shard lacks": (
         shard(
@@ -291,7 +291,7 @@ DAMAGE = {
                 f / INDEX, lambda i: i["weight_map"].update({EMBED: "b.safetensors"})
             )
         ),
-        f"tensor '{EMBED}' is in a.safetensors, the index says b.safetensors",
+        f"tensor '{EMBED}' is in 'a.safetensors', the index says 'b.safetensors'",
     ),
     "index without map": (
         shard(lambda f: (f / INDEX).write_text("{}")),
