@@ -3,12 +3,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS / "oracle")]
 
 ORACLE = TESTS.parent / ".venv-oracle" / "bin" / "python"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten_programs():
+    """Frees compiled programs after each file: a process may have 65,530 memory maps, of which each
+    program takes some, and XLA crashes where it gets no more."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
