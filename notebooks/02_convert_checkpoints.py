@@ -42,8 +42,9 @@ work = Path(tempfile.mkdtemp())
 
 # %%
 planned = plan(NANO, "hf-legacy")
-for old, _, new, dtype, shape in list(planned.rows())[40:52]:
-    print(f"{old}\n    -> {new}  {dtype} [{shape}]")
+for old, _, new, dtype, shape in planned.rows():
+    if "model.layers.1." in old and "scale" not in old and "bias" not in old:
+        print(f"{old}\n    -> {new}  {dtype} [{shape}]")
 
 # %% [markdown]
 # ## There and back again
