@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,12 +20,13 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from convert.folder import WEIGHTS
-from convert.safetensors_read import aligned_empty, cast
+from convert.safetensors_read import aligned_empty, cast, read_json
 from zaya_jax.errors import CheckpointError
 
 # A leaf is stored in pieces of so many bytes at most, and its rows in pieces of their own if they
 # are as large as that, so that whoever wants some experts reads only these.
 _PIECE, _LARGE_ROW = 1 << 27, 1 << 20
+_METADATA = "_METADATA"  # Orbax's list of a checkpoint's arrays
 
 
 class Leaf(Protocol):
@@ -75,27 +76,35 @@ def read_arrays(folder: Path) -> dict[str, StoredArray]:
       CheckpointError: there is none, or it is damaged.
     """
     place = folder / WEIGHTS
+    metadata = read_json(place / _METADATA)
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            metadata = checkpointer.metadata(place.resolve()).item_metadata
-        arrays = {}
-        for path, array in _flatten(metadata.tree):
-            spec = {
-                "driver": "zarr3" if metadata.use_zarr3 else "zarr",
-                "kvstore": _kvstore(place, array.name),
-                "recheck_cached_data": False,
-                "recheck_cached_metadata": False,
-                "fill_missing_data_reads": False,
-            }
-            store = ts.open(spec, open=True, read=True).result()
-            arrays[path] = StoredArray(
-                path, place, np.dtype(store.dtype.numpy_dtype), tuple(store.shape), store
-            )
-        return arrays
-    except Exception as error:  # Orbax and TensorStore raise whatever their storage raises
+        leaves = metadata["tree_metadata"].values()
+        keys = [[str(key["key"]) for key in leaf["key_metadata"]] for leaf in leaves]
+    except (KeyError, TypeError, AttributeError):
+        keys = []
+    if not keys or any("/" in key for path in keys for key in path):
+        raise CheckpointError(f"{place / _METADATA}: does not list the arrays of a checkpoint")
+    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+    return {"/".join(path): _open_array(place, path, driver) for path in keys}
+
+
+def _open_array(place: Path, path: list[str], driver: str) -> StoredArray:
+    spec = {
+        "driver": driver,
+        "kvstore": _kvstore(place, ".".join(path)),
+        "recheck_cached_data": False,
+        "recheck_cached_metadata": False,
+        "fill_missing_data_reads": False,
+    }
+    name = "/".join(path)
+    try:
+        store = ts.open(spec, open=True, read=True).result()
+    except Exception as error:  # TensorStore raises by the kind of its driver's error
         raise CheckpointError(
-            f"{place}: not a complete Orbax checkpoint ({_line(error)})"
+            f"{place}: array {name!r} cannot be opened ({_line(error)})"
         ) from None
+    dtype = np.dtype(store.dtype.numpy_dtype)
+    return StoredArray(name, place, dtype, tuple(store.shape), store)
 
 
 def write_arrays(
@@ -260,16 +269,6 @@ def _kvstore(place: Path, name: str) -> dict[str, Any]:
     if (place / "manifest.ocdbt").exists():
         return {"driver": "ocdbt", "base": files, "path": f"{name}/"}
     return {**files, "path": f"{place.resolve()}/{name}/"}
-
-
-def _flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, list | tuple):
-        tree = dict(enumerate(tree))
-    if not isinstance(tree, Mapping):
-        yield path, tree
-        return
-    for name, value in tree.items():
-        yield from _flatten(value, f"{path}/{name}" if path else str(name))
 
 
 def _line(error: Exception) -> str:

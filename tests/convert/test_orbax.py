@@ -159,14 +159,25 @@ def damage(change):
     return on_every_file
 
 
+def escape(folder):
+    """An array whose name leads out of the folder."""
+    file = folder / "weights" / "_METADATA"
+    file.write_text(file.read_text().replace('"key": "params"', '"key": "../params"', 1))
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (damage(lambda f: f.write_bytes(f.read_bytes()[:100])), "weights"),
-        (damage(lambda f: f.unlink()), "weights"),
-        (lambda f: (f / "weights" / "_METADATA").unlink(), "not a complete Orbax checkpoint"),
-        (lambda f: (f / "weights" / "manifest.ocdbt").unlink(), "not a complete Orbax checkpoint"),
-        (lambda f: (f / "weights" / "_METADATA").write_text("{"), "not a complete Orbax"),
+        (damage(lambda f: f.write_bytes(f.read_bytes()[:100])), "weights: array '"),
+        (damage(lambda f: f.unlink()), "weights: array '"),
+        (lambda f: (f / "weights" / "_METADATA").unlink(), "_METADATA: no such file"),
+        (
+            lambda f: (f / "weights" / "manifest.ocdbt").unlink(),
+            "array 'balancing/.* cannot be opened",
+        ),
+        (lambda f: (f / "weights" / "_METADATA").write_text("{"), "_METADATA: not valid JSON"),
+        (lambda f: (f / "weights" / "_METADATA").write_text("{}"), "does not list the arrays"),
+        (escape, "does not list the arrays"),
         (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
         (lambda f: shutil.rmtree(f / "weights"), "has neither model.safetensors nor"),
     ],
