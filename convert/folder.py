@@ -24,7 +24,7 @@ CARRIED = (
 )
 WEIGHTS = "weights"
 INDEX = "model.safetensors.index.json"
-_OWN = {CONFIG, CHECKSUMS, WEIGHTS, INDEX, *CARRIED}
+_OWN = {CONFIG, CHECKSUMS, INDEX, *CARRIED}
 _SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _OF_ORBAX = re.compile(
     r"_CHECKPOINT_METADATA|_METADATA|_sharding|array_metadatas|commit_success\.txt|d"
@@ -137,13 +137,15 @@ def check_destination(path: Path, overwrite: bool) -> None:
     """Raises CheckpointError where a path holds something else than a checkpoint, so that it must
     not be replaced; or something at all, without `overwrite`."""
     path = resolved(path)
-    if path.exists() and not path.is_dir():
+    if not os.path.exists(path):  # which a name too long does not trouble
+        return
+    if not path.is_dir():
         raise CheckpointError(f"{path}: is a file, so no checkpoint is written there")
     if Path.cwd().is_relative_to(path):
         raise CheckpointError(f"{path}: is the current directory; give a folder of its own")
     if path.is_mount():
         raise CheckpointError(f"{path}: is where a disk is mounted; give a folder in it")
-    names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    names = {entry.name for entry in path.iterdir()}
     for name in sorted(names):
         if not _is_ours(path / name):
             raise CheckpointError(f"{path}: holds {name!r} too, so it is not replaced")

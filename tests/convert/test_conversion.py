@@ -338,9 +338,11 @@ def test_dry_run_shows_every_tensor_and_writes_nothing(tmp_path):
 def test_dry_run_refuses_what_the_run_would(tmp_path, capsys):
     one = checkpoint(tmp_path / "one", replace(ODD, sliding_window=1))
     tiny = checkpoint(tmp_path / "tiny", TINY)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for arguments, message in (
         ([one, tmp_path / "out", "--to", "hf-legacy"], "no sliding_window of 1"),
         ([tiny, one, "--to", "hf"], "one: exists; say --overwrite"),
+        ([tiny, tmp_path / "loop", "--to", "hf"], "loop': cannot be written"),
         ([tiny, tmp_path / "out", "--to", "orbax", "--mesh", "expert=0"], "mesh 'expert=0'"),
         ([tiny, tmp_path / "out", "--to", "hf", "--mesh", "data=1"], "a mesh is for Orbax"),
     ):
