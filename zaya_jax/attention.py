@@ -1,7 +1,7 @@
 """Compressed convolutional attention (arXiv 2510.04476) as a module: projections around the two ops
 that do the work."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,7 @@ from pallas_kernels.attention import api as attention
 from pallas_kernels.cca_mix import api as cca_mix
 from zaya_jax.config import ZayaConfig
 from zaya_jax.layers import INIT, Linear
+from zaya_jax.parallel import by_rows
 from zaya_jax.state import LayerState
 
 
@@ -108,15 +109,39 @@ class Attention(nn.Module):
         carry = cca_mix.initial_carry(weights, x.shape[0])
         if state is not None:
             carry = cca_mix.Carry(state.conv_tail, state.delayed_value)
-        q, k, current, delayed = self.qkv_proj(x)
-        q, k, v, carry = cca_mix.cca_mix(
-            q, k, current, delayed, weights, carry, tokens.new_lengths, tokens.age, *rotary
-        )
+        kernels = self.config.kernels
+
+        def mix(rows: Any, weights: cca_mix.Weights) -> Any:
+            (q, k, current, delayed), carry, lengths, age, (cos, sin) = rows
+            return cca_mix.cca_mix(
+                q,
+                k,
+                current,
+                delayed,
+                weights,
+                carry,
+                lengths,
+                age,
+                cos,
+                sin,
+                implementation=kernels,
+            )
+
+        unmixed = self.qkv_proj(x), carry, tokens.new_lengths, tokens.age, rotary
+        q, k, v, carry = by_rows(mix, unmixed, weights, kernels)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if state is not None:
             state = state.extended(k, v, carry.conv_tail, carry.delayed_value, tokens)
             k, v = state.k, state.v
-        out = attention.attention(q, k, v, tokens.offsets, tokens.segment_ids, window)
+
+        def attend(rows: Any, window: int | jax.Array | None) -> jax.Array:
+            q, k, v, offsets, segment_ids = rows
+            return attention.attention(
+                q, k, v, offsets, segment_ids, window, implementation=kernels
+            )
+
+        mixed = q, k, v, tokens.offsets, tokens.segment_ids
+        out = by_rows(attend, mixed, window, kernels)
         return self.o_proj(out.reshape(*out.shape[:2], -1)), state
 
     def initial_state(self, batch: int, capacity: int) -> LayerState:

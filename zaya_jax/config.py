@@ -98,6 +98,8 @@ class ZayaConfig:
         field.
       bos_token_id: None where prompts begin without one.
       eos_token_ids: every token that ends a turn.
+      kernels: what computes the ops, "xla" or "pallas"; None leaves it to the machine (Pallas on
+        AMD GPUs). Not of the architecture, and in no checkpoint.
     """
 
     vocab_size: int = 262272
@@ -124,6 +126,7 @@ class ZayaConfig:
     bos_token_id: int | None = 2
     eos_token_ids: tuple[int, ...] = (106,)
     pad_token_id: int = 0
+    kernels: Literal["xla", "pallas"] | None = None
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -188,7 +191,7 @@ class ZayaConfig:
             eos = values.pop("eos_token_id")
             fields["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
         known = {field.name for field in dataclasses.fields(cls)}
-        known -= {"rope", "sliding_rope", "eos_token_ids"}
+        known -= {"rope", "sliding_rope", "eos_token_ids", "kernels"}
         for name, value in values.items():
             if name in known:
                 if value is not None or name not in _NULL_IS_DEFAULT:
@@ -206,6 +209,7 @@ class ZayaConfig:
             values.pop("sliding_rope"),
             values.pop("eos_token_ids"),
         )
+        del values["kernels"]
         if values["skip_expert"] == "zero":
             del values["skip_expert"]
         return {
@@ -246,6 +250,8 @@ def _check_types(config: ZayaConfig) -> None:
         value, default = getattr(config, field.name), field.default
         if field.name in ("sliding_window", "bos_token_id"):
             good = value is None or _is_int(value)
+        elif field.name == "kernels":
+            good = value in (None, "xla", "pallas")
         elif isinstance(default, bool):
             good = isinstance(value, bool)
         elif isinstance(default, int):

@@ -1,5 +1,4 @@
-"""The small modules every layer shares: linear maps, RMSNorm, residual scaling, and the rotary
-table."""
+"""The small modules every layer shares: linear maps, scales, and the rotary table."""
 
 from typing import Any
 
@@ -7,7 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.norm import api as norm
 from pallas_kernels.product import Weight, product
 from zaya_jax.config import Rope
 
@@ -47,31 +45,30 @@ def parameter(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -
     return module.param(name, init, shape)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation of the last axis; the result is float32."""
+class Scale(nn.Module):
+    """Weight of an RMSNorm over the last axis, which an op applies."""
 
-    eps: float
+    size: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
-        return norm.rms_norm(x, weight, self.eps)
+    def __call__(self) -> jax.Array:
+        return self.param("weight", nn.initializers.ones, (self.size,))
 
 
 class ResidualScaling(nn.Module):
-    """Joins a sub-layer's output to the float32 stream: (output + hb) * hs + (stream + rb) * rs."""
+    """The learned vectors that join a sub-layer's output to the float32 stream: hs, hb, rs, rb of
+    (output + hb) * hs + (stream + rb) * rs."""
+
+    size: int
 
     @nn.compact
-    def __call__(self, output: jax.Array, residual: jax.Array) -> jax.Array:
-        size = residual.shape[-1:]
-        scale, bias = nn.initializers.ones, nn.initializers.zeros
-        return norm.scale_residual(
-            output,
-            residual,
-            self.param("hidden_states_scale", scale, size),
-            self.param("hidden_states_bias", bias, size),
-            self.param("residual_scale", scale, size),
-            self.param("residual_bias", bias, size),
+    def __call__(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        shape, scale, bias = (self.size,), nn.initializers.ones, nn.initializers.zeros
+        return (
+            self.param("hidden_states_scale", scale, shape),
+            self.param("hidden_states_bias", bias, shape),
+            self.param("residual_scale", scale, shape),
+            self.param("residual_bias", bias, shape),
         )
 
 

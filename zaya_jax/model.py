@@ -12,18 +12,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.norm import api as norm
 from zaya_jax.attention import Attention, Tokens
 from zaya_jax.config import SLIDING, ZayaConfig
 from zaya_jax.errors import InputError
 from zaya_jax.layers import (
     INIT,
     ResidualScaling,
-    RMSNorm,
+    Scale,
     linear,
     parameter,
     rotary_table,
 )
 from zaya_jax.moe import BALANCING, MoE
+from zaya_jax.parallel import by_rows
 from zaya_jax.state import DecodeState, LayerState
 
 Params = dict[str, Any]
@@ -46,12 +48,13 @@ class Layer(nn.Module):
     first: bool = False
 
     def setup(self) -> None:
-        self.input_layernorm = RMSNorm(self.config.rms_norm_eps)
+        size = self.config.hidden_size
+        self.input_layernorm = Scale(size)
         self.self_attn = Attention(self.config)
-        self.post_attention_residual_scale = ResidualScaling()
-        self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps)
+        self.post_attention_residual_scale = ResidualScaling(size)
+        self.post_attention_layernorm = Scale(size)
         self.mlp = MoE(self.config, self.first)
-        self.post_mlp_residual_scale = ResidualScaling()
+        self.post_mlp_residual_scale = ResidualScaling(size)
 
     def __call__(
         self,
@@ -63,12 +66,16 @@ class Layer(nn.Module):
         state: LayerState | None = None,
         forced: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, LayerState | None, jax.Array]:
-        a, state = self.self_attn(self.input_layernorm(h), tokens, rotary, window, state)
-        h = self.post_attention_residual_scale(a, h)
-        m, router_state, experts = self.mlp(
-            self.post_attention_layernorm(h), router_state, tokens.valid, forced
-        )
-        return self.post_mlp_residual_scale(m, h), router_state, state, experts
+        eps = self.config.rms_norm_eps
+        x = norm.rms_norm(h, self.input_layernorm(), eps)
+        a, state = self.self_attn(x, tokens, rotary, window, state)
+        kernels = self.config.kernels
+        join = partial(norm.scale_residual_and_norm, eps=eps, implementation=kernels)
+        vectors = *self.post_attention_residual_scale(), self.post_attention_layernorm()
+        h, x = by_rows(lambda rows, shared: join(*rows, *shared), (a, h), vectors, kernels)
+        m, router_state, experts = self.mlp(x, router_state, tokens.valid, forced)
+        h = norm.scale_residual(m, h, *self.post_mlp_residual_scale())
+        return h, router_state, state, experts
 
 
 class Ends(nn.Module):
@@ -83,11 +90,11 @@ class Ends(nn.Module):
         size = (c.hidden_size,)
         self.input_hidden_states_scale = self.param("input_hidden_states_scale", scale, size)
         self.input_hidden_states_bias = self.param("input_hidden_states_bias", bias, size)
-        self.norm = RMSNorm(c.rms_norm_eps)
+        self.norm = Scale(c.hidden_size)
         self.lm_head = Head(c)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.head(self.norm(self.embed(tokens)))
+        return self.head(self.final_norm(self.embed(tokens)))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         h = self.embed_tokens()[tokens].astype(jnp.float32)
@@ -95,7 +102,7 @@ class Ends(nn.Module):
         return h * self.input_hidden_states_scale.astype(jnp.float32)
 
     def final_norm(self, h: jax.Array) -> jax.Array:
-        return self.norm(h)
+        return norm.rms_norm(h, self.norm(), self.config.rms_norm_eps)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         return self.lm_head(hidden, self.embed_tokens())

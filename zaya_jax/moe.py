@@ -1,14 +1,16 @@
 """The mixture-of-experts half of a layer: a router with depth averaging, and top-1 experts with a
 skip class."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.router import api as router
 from zaya_jax.config import ZayaConfig
-from zaya_jax.layers import INIT, linear, parameter
-from zaya_jax.parallel import expert_parallel_moe
+from zaya_jax.layers import INIT, Scale, linear, parameter
+from zaya_jax.parallel import by_rows, expert_parallel_moe
 
 # The collection of the balancing biases, which gradients and the optimizer never see.
 BALANCING = "balancing"
@@ -27,16 +29,6 @@ class Affine(nn.Module):
         if not self.use_bias:
             return (weight,)
         return weight, self.param("bias", nn.initializers.zeros, (self.features,))
-
-
-class Scale(nn.Module):
-    """Weight of a norm that a kernel applies."""
-
-    size: int
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        return self.param("weight", nn.initializers.ones, (self.size,))
 
 
 class RouterMLP(nn.Module):
@@ -77,8 +69,17 @@ class Router(nn.Module):
             BALANCING, "balancing_biases", lambda: jnp.zeros((classes,)).at[-1].set(-1.0)
         )
         weights = RouterMLP(self.config, name="router_mlp")(depth_scale)
-        eps = self.config.rms_norm_eps
-        return router.route(states, previous, weights, biases.value, eps, forced)
+        c = self.config
+
+        def route(rows: Any, shared: Any) -> Any:
+            states, previous, forced = rows
+            weights, biases = shared
+            return router.route(
+                states, previous, weights, biases, c.rms_norm_eps, forced, implementation=c.kernels
+            )
+
+        rows, shared = (states, previous, forced), (weights, biases.value)
+        return by_rows(route, rows, shared, c.kernels)
 
 
 class Experts(nn.Module):
@@ -98,6 +99,7 @@ class Experts(nn.Module):
             weight.reshape(-1),
             gate_up,
             down,
+            implementation=self.config.kernels,
         )
         return out.reshape(x.shape)
 

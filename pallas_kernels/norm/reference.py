@@ -35,3 +35,21 @@ def scale_residual(
         for a in (output, output_scale, output_bias, residual_scale, residual_bias)
     )
     return (output + output_bias) * output_scale + (residual + residual_bias) * residual_scale
+
+
+def scale_residual_and_norm(
+    output: jax.Array,
+    residual: jax.Array,
+    output_scale: jax.Array,
+    output_bias: jax.Array,
+    residual_scale: jax.Array,
+    residual_bias: jax.Array,
+    weight: jax.Array,
+    *,
+    eps: float,
+) -> tuple[jax.Array, jax.Array]:
+    """`scale_residual`, and `rms_norm` of the sum: both float32 [..., D]."""
+    stream = scale_residual(
+        output, residual, output_scale, output_bias, residual_scale, residual_bias
+    )
+    return stream, rms_norm(stream, weight, eps)

@@ -121,7 +121,7 @@ def test_the_table_shows_what_was_met_missed_and_disturbed(capsys, tmp_path, mon
     given = measurement(d1=25.0, d8=19.0, p1=13.0, p4=13.0)
     given.ours[1]["other_processes"] = 0.5
 
-    def run_ours(module, arguments, on_result):
+    def run_ours(module, arguments, on_result, platform):
         for result in getattr(given, module):
             on_result(result)
 

@@ -60,8 +60,20 @@ def test_doctor_names_devices_and_kernels(tmp_path, capsys):
     main(["doctor", "--json", str(file)])
     values = json.loads(file.read_text())
     assert values["versions"]["jax"].startswith("0.12.") and values["warning"] is None
-    assert set(values["kernels"]) == {"attention", "cca_mix", "moe", "norm", "router"}
+    ops = ["attention", "cca_mix", "cross_entropy", "moe", "newton_schulz", "norm", "router"]
+    assert values["kernels"] == dict.fromkeys(ops, "xla")
     assert "cpu 0" in capsys.readouterr().out
+
+
+def test_doctor_shows_kernels_that_the_environment_chose(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "doctor.json"
+    monkeypatch.setenv("ZAYA_JAX_KERNELS", "pallas")
+    main(["doctor", "--json", str(file)])
+    values = json.loads(file.read_text())
+    assert set(values["kernels"].values()) == {"pallas"}
+    assert values["flags"]["ZAYA_JAX_KERNELS"] == "pallas"
+    monkeypatch.setenv("ZAYA_JAX_KERNELS", "cuda")
+    assert "ZAYA_JAX_KERNELS is 'cuda': one of xla, pallas" in fails(capsys, "doctor")
 
 
 def test_doctor_shouts_when_rocm_fell_back_to_the_cpu():

@@ -41,14 +41,16 @@ def checkpoint(folder: Path, preset: str, dtype: Dtype) -> Path:
     return place
 
 
-def run_ours(module: str, arguments: list[str], on_result: Callable[[Result], None]) -> str | None:
-    """Runs one of our measuring modules on the CPU; see `run`.
+def run_ours(
+    module: str, arguments: list[str], on_result: Callable[[Result], None], platform: str = "cpu"
+) -> str | None:
+    """Runs one of our measuring modules on a platform of JAX; see `run`.
 
     Nothing is taken from the cache of compiled programs, so that warming up takes as long whatever
     ran before.
     """
     command = [sys.executable, "-m", f"zaya_jax.benchmark.{module}", *arguments]
-    environment = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment = {"JAX_PLATFORMS": platform, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     return run(command, on_result, environment)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from rich.table import Table
@@ -25,7 +25,7 @@ REFERENCE = Path(zaya_jax.__file__).parents[1] / ".venv-oracle" / "bin" / "pytho
 
 @dataclasses.dataclass
 class Bench:
-    """Measure speed and memory on this machine's CPU, beside PyTorch's transformers.
+    """Measure speed and memory on this machine, beside PyTorch's transformers on its CPU.
 
     Models are random, with balanced routing. Each takes many minutes, as transformers is measured
     in all its variants; other work on the machine spoils the figures.
@@ -42,6 +42,8 @@ class Bench:
     `make oracle`, if it is there."""
     folder: Path | None = None
     """For the random models, which are kept and used again; by default in the user's cache."""
+    platform: Literal["cpu", "rocm", "cuda"] = "cpu"
+    """What our side runs on; transformers is measured beside the CPU only."""
     repeats: int = 3
     """Timed runs of each case, of which the median counts."""
     json: Path | None = None
@@ -53,7 +55,7 @@ class Bench:
             raise InputError(f"repeats must be at least 1, got {self.repeats}")
         presets = dict.fromkeys([*self.presets, *([FULL] if self.full else [])])
         configs = {preset: ZayaConfig.preset(preset) for preset in presets}
-        python = self._reference()
+        python = self._reference() if self.platform == "cpu" else None
         done: list[dict[str, Any]] = []
         for preset, config in configs.items():
             for dtype in self.dtypes:
@@ -64,7 +66,7 @@ class Bench:
                 except CheckpointError as error:
                     _say(f"{preset} {dtype} is skipped: {error}")
                     continue
-                measurement = _measure(preset, dtype, model, python, self.repeats)
+                measurement = _measure(preset, dtype, model, python, self.repeats, self.platform)
                 _show(measurement)
                 done.append(measurement.as_json())
                 write_json(self.json, done)
@@ -81,7 +83,7 @@ class Bench:
 
 
 def _measure(
-    preset: str, dtype: Dtype, model: Path, python: Path | None, repeats: int
+    preset: str, dtype: Dtype, model: Path, python: Path | None, repeats: int, platform: str
 ) -> Measurement:
     """Runs the measuring processes, one after the other."""
     measured = Measurement(preset, dtype)
@@ -99,7 +101,7 @@ def _measure(
         ("machine", [], measured.machine),
         ("ours", arguments, measured.ours),
     ):
-        problem = run_ours(module, options, into(results))
+        problem = run_ours(module, options, into(results), platform)
         if problem is not None:
             raise ZayaError(f"{preset} {dtype}: measuring {module} failed: {problem}")
     if python is not None:

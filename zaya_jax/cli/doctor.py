@@ -5,17 +5,21 @@ import os
 import pkgutil
 import platform
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax
 
 import pallas_kernels
-from pallas_kernels.selection import default_implementation
+from pallas_kernels import selection
 from zaya_jax.cli.output import check_destination, console, find_devices, show, write_json
 
 PACKAGES = ("zaya-jax", "jax", "jaxlib", "jax-rocm7-plugin", "jax-rocm7-pjrt", "flax", "optax")
-VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "HSA_NO_SCRATCH_RECLAIM")
+VARIABLES = (
+    *("JAX_PLATFORMS", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "HSA_NO_SCRATCH_RECLAIM"),
+    selection.VARIABLE,
+)
 
 
 @dataclasses.dataclass
@@ -29,14 +33,15 @@ class Doctor:
         check_destination(self.json)
         tables: dict[str, dict[str, Any]] = {
             "versions": {"python": platform.python_version(), **_versions()},
-            "kernels": dict.fromkeys(_ops(), default_implementation()),
             "flags": {name: os.environ.get(name, "not set") for name in VARIABLES},
         }
         for title, values in tables.items():
             show(title.capitalize(), values)
-        devices = find_devices()  # last, as bad flags can end the process here
+        devices = find_devices()  # after the flags, as bad ones can end the process here
         tables["devices"] = {f"{d.platform} {d.id}": d.device_kind for d in devices}
         show("Devices", tables["devices"])
+        tables["kernels"] = dict.fromkeys(_ops(), selection.default_implementation())
+        show("Kernels", tables["kernels"])
         warning = fallback_warning(tables["versions"], jax.default_backend())
         if warning is not None:
             console.print(warning, style="bold white on red", highlight=False)
@@ -65,4 +70,7 @@ def _versions() -> dict[str, str]:
 
 
 def _ops() -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(pallas_kernels.__path__) if module.ispkg]
+    """The folders of `pallas_kernels` that choose between implementations."""
+    modules = pkgutil.iter_modules(pallas_kernels.__path__)
+    folders = [module.name for module in modules if module.ispkg]
+    return [name for name in folders if find_spec(f"pallas_kernels.{name}.api") is not None]

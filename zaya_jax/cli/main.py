@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from pallas_kernels import selection
 from zaya_jax.cli.bench import Bench
 from zaya_jax.cli.chat import Chat
 from zaya_jax.cli.convert import Convert
@@ -37,6 +38,10 @@ def main(arguments: list[str] | None = None) -> None:
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
+    try:
+        selection.requested()
+    except ValueError as error:
+        fail(str(error))
     try:
         command.run()
     except ZayaError as error:
