@@ -1,6 +1,7 @@
 """Activations times weights, in the forms in which weights are held."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -72,20 +73,44 @@ def product(x: jax.Array, weight: Weight) -> jax.Array:
     return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _dot(rows: jax.Array, weight: jax.Array, contracted: int) -> jax.Array:
-    """Fewer than `FEWEST_ROWS` rows of 16-bit numbers are filled up with zeros: XLA's CPU backend
-    multiplies a single row in a scalar loop that reads a tenth of what the memory gives."""
+    """Rows times a weight whose axis `contracted` is theirs: float32.
+
+    Fewer than `FEWEST_ROWS` rows of 16-bit numbers are filled up with zeros: XLA's CPU backend
+    multiplies a single row in a scalar loop that reads a tenth of what the memory gives.
+    """
     count = rows.shape[0]
     if count < FEWEST_ROWS and rows.dtype.itemsize == 2:
         rows = jnp.pad(rows, ((0, FEWEST_ROWS - count), (0, 0)))
-    out = jax.lax.dot_general(
-        rows,
-        weight,
-        (((1,), (contracted,)), ((), ())),
-        precision=exact(weight.dtype),
+    return _multiply(rows, weight, 1, contracted)[:count]
+
+
+def _multiply(a: jax.Array, b: jax.Array, axis_of_a: int, axis_of_b: int) -> jax.Array:
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((axis_of_a,), (axis_of_b,)), ((), ())),
+        precision=exact(b.dtype),
         preferred_element_type=jnp.float32,
     )
-    return out[:count]
+
+
+def _dot_forward(rows, weight, contracted):
+    return _dot(rows, weight, contracted), (rows, weight)
+
+
+def _dot_backward(contracted, saved, of_out):
+    """Products of operands of the weight's dtype, as forward: XLA would multiply 16-bit numbers
+    with float32 ones as float32."""
+    rows, weight = saved
+    of_out = of_out.astype(weight.dtype)
+    of_rows = _multiply(of_out, weight, 1, 1 - contracted)
+    factors = (of_out, rows) if contracted == 1 else (rows, of_out)
+    return of_rows.astype(rows.dtype), _multiply(*factors, 0, 0).astype(weight.dtype)
+
+
+_dot.defvjp(_dot_forward, _dot_backward)
 
 
 def _stream_rows(rows: jax.Array, weight: jax.Array) -> jax.Array:

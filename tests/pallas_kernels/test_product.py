@@ -52,3 +52,32 @@ def test_wide_weights_are_the_first_operand_of_32_rows():
     text = jax.jit(product).lower(x, streamed(weight)).compile().as_text()
     outputs = len(weight)
     assert f"f32[{outputs},32]" in text and f"f32[32,{outputs}]{{1,0}} dot(" not in text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", ["plain", "streamed"])
+def test_gradients_are_products_of_the_weights_dtype(dtype, form):
+    """Against float64, for a cotangent that is rounded to the dtype."""
+    x, weight = operands(40, *FORMS["narrow"], dtype)
+    of_out = np.random.default_rng(0).standard_normal((40, len(weight)))
+    held = streamed(weight) if form == "streamed" else weight
+
+    def gradient(x, weight, of_out):
+        return jax.vjp(product, x, weight)[1](of_out)
+
+    rounded = jnp.asarray(of_out, jnp.float32)
+    of_x, of_weight = jax.jit(gradient)(x, held, rounded)
+    of_weight = of_weight.array if isinstance(of_weight, Streamed) else of_weight
+    assert of_x.dtype == x.dtype and of_weight.dtype == weight.dtype
+    exact_of_out = np.asarray(rounded.astype(dtype), np.float64)
+    tolerance = 1e-6 if dtype == "float32" else 1 / 256
+    for ours, wanted in (
+        (of_x, exact_of_out @ np.asarray(weight, np.float64)),
+        (of_weight, exact_of_out.T @ np.asarray(x, np.float64)),
+    ):
+        error = np.abs(np.asarray(ours, np.float64) - wanted).max()
+        assert error < tolerance * np.abs(wanted).max()
+    equations = jax.make_jaxpr(gradient)(x, held, rounded).jaxpr.eqns
+    products = [e for e in equations if e.primitive.name == "dot_general"]
+    assert len(products) == 2
+    assert all(str(v.aval.dtype) == dtype for e in products for v in e.invars)
