@@ -3,7 +3,7 @@
 
 import jax
 
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import kernel, reference
 from pallas_kernels.selection import select
 
 
@@ -17,6 +17,5 @@ def attention(
     *,
     implementation: str | None = None,
 ) -> jax.Array:
-    return select("attention", implementation, {"xla": reference.attention})(
-        q, k, v, offsets, segment_ids, window
-    )
+    available = {"xla": reference.attention, "pallas": kernel.attention}
+    return select("attention", implementation, available)(q, k, v, offsets, segment_ids, window)

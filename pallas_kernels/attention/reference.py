@@ -37,6 +37,8 @@ def attention(
     """
     batch, length, heads, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
+    if q.size == 0:
+        return jnp.zeros(q.shape, v.dtype)
     grouped = q.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
     if batch * heads * length * keys <= SCORE_BUDGET:
         out = _attend(grouped, k, v, offsets, 0, segment_ids, window)
