@@ -3,7 +3,7 @@
 
 import jax
 
-from pallas_kernels.cca_mix import reference
+from pallas_kernels.cca_mix import kernel, reference
 from pallas_kernels.cca_mix.reference import Carry, Weights, initial_carry
 from pallas_kernels.selection import select
 
@@ -24,6 +24,6 @@ def cca_mix(
     *,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, Carry]:
-    return select("cca_mix", implementation, {"xla": reference.cca_mix})(
+    return select("cca_mix", implementation, {"xla": reference.cca_mix, "pallas": kernel.cca_mix})(
         q, k, current, delayed, weights, carry, new_lengths, age, cos, sin
     )

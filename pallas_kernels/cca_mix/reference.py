@@ -70,20 +70,23 @@ def cca_mix(
       new_lengths: int [B], real tokens of each right-padded row; the new carry is taken at each
         row's last one.
       age: int [B, S], tokens since the token's packed segment began, or None where rows are not
-        packed.
-      cos, sin: float32 [B, S, r/2], rotary table; the first r channels of a head are rotated.
+        packed. That of a chunk's first token also tells which columns of the carry are older than
+        its segment, and unseen.
+      cos, sin: float32 [B, S, r/2], rotary table; the first r channels of a head are rotated. No
+        gradient flows to them.
 
     Returns:
       q [B, S, H, d], k and v [B, S, N, d] in the dtype of the weights, and the new carry.
     """
     batch, length, _ = q.shape
+    cos, sin = jax.lax.stop_gradient((cos, sin))
     kv_heads = weights.temperature.shape[0]
     head_dim = weights.grouped.shape[1]
     mean_q, mean_k = qk_mean(q, k, kv_heads, head_dim)
     mixed, conv_tail = convolve(
         jnp.concatenate([q, k], axis=-1), carry.conv_tail, weights, new_lengths, age
     )
-    mixed = mixed.reshape(batch, length, -1, head_dim)
+    mixed = mixed.reshape(batch, length, mixed.shape[-1] // head_dim, head_dim)
     heads = mixed.shape[2] - kv_heads
     temperature = weights.temperature.astype(jnp.float32)[:, None]
     dtype = weights.temperature.dtype
@@ -103,10 +106,11 @@ def qk_mean(
 ) -> tuple[jax.Array, jax.Array]:
     """Averages each query with its group's key, and those averages over the group; float32 [B, S,
     H|N, d]."""
-    q = q.reshape(*q.shape[:2], kv_heads, -1, head_dim)
+    group = q.shape[-1] // (kv_heads * head_dim)
+    q = q.reshape(*q.shape[:2], kv_heads, group, head_dim)
     k = k.reshape(*k.shape[:2], kv_heads, 1, head_dim)
     mean_q = (q + k) / 2
-    return mean_q.reshape(*q.shape[:2], -1, head_dim), jnp.mean(mean_q, axis=3)
+    return mean_q.reshape(*q.shape[:2], kv_heads * group, head_dim), jnp.mean(mean_q, axis=3)
 
 
 def convolve(
@@ -128,9 +132,11 @@ def convolve(
     taps = weights.depthwise[:, 0].astype(jnp.float32)
     bias = weights.depthwise_bias.astype(jnp.float32)
     span = length + k1 - 1
-    padded_age = (
-        None if age is None else jnp.pad(age, ((0, 0), (k1 - 1, 0)), constant_values=span + k0)
-    )
+    padded_age = None
+    if age is not None and length:
+        # Columns of the tail are as much younger than the first token as they are before it.
+        before = age[:, :1] - jnp.arange(k1 - 1, 0, -1)
+        padded_age = jnp.concatenate([before, age], axis=1)
     depthwise = bias
     for tap in range(k0):
         column = history[:, tap : tap + span]
@@ -142,7 +148,9 @@ def convolve(
         _since_start(depthwise[:, tap : tap + length], age, k1 - 1 - tap, bias) for tap in range(k1)
     ]
     # All taps as one product for each head: [tokens, heads, d k1] with [heads, d, d k1].
-    inputs = jnp.stack(columns, axis=-1).reshape(batch * length, -1, head_dim * k1)
+    inputs = jnp.stack(columns, axis=-1).reshape(
+        batch * length, channels // head_dim, head_dim * k1
+    )
     mixed = jax.lax.dot_general(
         inputs, grouped, (((2,), (2,)), ((1,), (0,))), precision=exact(jnp.float32)
     )
