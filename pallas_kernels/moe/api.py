@@ -2,12 +2,19 @@
 `reference.moe`."""
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.moe import reference
+from pallas_kernels.launch import architecture
+from pallas_kernels.moe import kernel, ragged, reference
 from pallas_kernels.moe.reference import Experts
 from pallas_kernels.selection import select
 
-__all__ = ["Experts", "moe"]
+__all__ = ["LIBRARY", "Experts", "moe"]
+
+# Tokens an expert from which AMD's grouped product is chosen by default: on paper, multiplying then
+# takes ten times as long as reading the weights, so fusing saves nothing, and a library's tuned
+# tiles are the better bet. Not measured: the kit of docs/amd.md times both.
+LIBRARY = 4096
 
 
 def moe(
@@ -19,4 +26,9 @@ def moe(
     *,
     implementation: str | None = None,
 ) -> jax.Array:
-    return select("moe", implementation, {"xla": reference.moe})(x, expert, weight, gate_up, down)
+    # XLA's best is a loop over experts on CPUs; on GPUs a grouped product, which needs bfloat16.
+    grouped = architecture() is not None and x.dtype != jnp.float32
+    xla = ragged.moe if grouped else reference.moe
+    available = {"xla": xla, "pallas": kernel.moe, "ragged": ragged.moe}
+    instead = "ragged" if x.shape[0] >= LIBRARY * len(down) else "pallas"
+    return select("moe", implementation, available, instead)(x, expert, weight, gate_up, down)
