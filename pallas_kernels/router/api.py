@@ -2,7 +2,7 @@
 
 import jax
 
-from pallas_kernels.router import reference
+from pallas_kernels.router import kernel, reference
 from pallas_kernels.router.reference import FREE, Weights
 from pallas_kernels.selection import select
 
@@ -19,6 +19,6 @@ def route(
     *,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return select("route", implementation, {"xla": reference.route})(
+    return select("route", implementation, {"xla": reference.route, "pallas": kernel.route})(
         states, previous, weights, balancing_biases, eps, forced
     )
