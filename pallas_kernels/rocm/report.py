@@ -59,7 +59,7 @@ def _ours(program: Program, moves: dict[str, Traffic]) -> list[tuple[str, Kernel
     """Our kernels with the names that they were launched by: a second one of the same name has got
     a number."""
     named = [(re.sub(r"_+\d+$", "", name), kernel) for name, kernel in program.kernels.items()]
-    return [(name, kernel) for name, kernel in named if name in moves]
+    return sorted((name, kernel) for name, kernel in named if name in moves)
 
 
 def _problems(program: Program, moves: dict[str, Traffic]) -> list[str]:
