@@ -1,7 +1,7 @@
 """Checks and measures everything that needs an AMD GPU, on a machine that has one: `make mi300x`.
 
-Takes about ten minutes, and writes one JSON file that can be attached to a pull request. Elsewhere
-it skips what needs a GPU, and says so.
+Meant to take about ten minutes, which nobody has timed, and writes one JSON file that can be
+attached to a pull request. Elsewhere it skips what needs a GPU, and says so.
 """
 
 import dataclasses

@@ -22,14 +22,12 @@ class Program(NamedTuple):
 
     Attributes:
       kernels: all that XLA generated, ours among them, by name.
-      ours: the names of those that we wrote.
       text: the compiled HLO.
       arguments, results, temporary: bytes of memory on each device; `results` that share the memory
         of arguments are not counted.
     """
 
     kernels: dict[str, Kernel]
-    ours: list[str]
     text: str
     arguments: int
     results: int
@@ -74,13 +72,10 @@ def compile_for(
             for file in sorted(Path(folder).glob("*.hsaco"))
             for kernel in read_kernels(file, architecture, lds)
         }
-    names = re.findall(r'kernel_name = "([^"]+)"|name = "([^"]+)", num_stages', lowered.as_text())
-    ours = sorted({a or b for a, b in names})
     memory = compiled.memory_analysis()
     assert memory is not None
     return Program(
         kernels,
-        ours,
         compiled.as_text() or "",
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,

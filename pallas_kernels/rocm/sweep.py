@@ -72,7 +72,7 @@ def main(
     sizes: Name = "8B",
     architecture: Literal["gfx942", "gfx950"] = "gfx942",
 ) -> None:
-    """Compiles all candidates of kernels that the table does not hold; an hour for all of them.
+    """Compiles all candidates of kernels that the table lacks; half an hour for all of them.
 
     Args:
       case: one only, as JSON.
