@@ -71,8 +71,8 @@ def gradients(
         where.offsets,
         where.window,
         _unit(jnp.max(jnp.abs(wide), axis=-1)),
-        segments_of_keys(where.segment_ids, of_keys),
-        segments_of_queries(where.segment_ids, of_queries),
+        segments_of_keys(where, shape.length, of_keys),
+        segments_of_queries(where, shape.length, of_queries),
         q,
         k,
         v,
@@ -159,7 +159,7 @@ def _own_keys(kv_head, block, limits, unit_ref, segments, refs, shape, sizes):
     per_unit = unit_ref[1]
     k, v = (load(ref, key, shape, is_real, kv_head=kv_head) for ref in (k_ref, v_ref))
     if segments is not None:
-        own = ids_at(segments, key, shape.keys)
+        own = ids_at(segments.keys, key, shape.keys)
 
     def step(number, carry, masked, head):
         of_k, of_v = carry
@@ -173,7 +173,7 @@ def _own_keys(kv_head, block, limits, unit_ref, segments, refs, shape, sizes):
         if masked:
             ids = None
             if segments is not None:
-                ids = own[:, None], ids_at(segments, query, shape.length)[None]
+                ids = own[:, None], ids_at(segments.queries, query, shape.length)[None]
             visible = is_visible(query[None], key[:, None], limits, shape, ids)
             weights = jnp.where(visible, weights, 0.0)
         of_v += dot(weights.astype(of_out.dtype), of_out)
@@ -201,7 +201,7 @@ def _own_queries(head, block, limits, unit_ref, segments, refs, shape, sizes):
         _numbers(ref, head, query, real) for ref in (log_sums_ref, projected_ref)
     )
     if segments is not None:
-        own = ids_at(segments, query, shape.length)
+        own = ids_at(segments.queries, query, shape.length)
 
     def step(number, of_q, masked):
         key = number * sizes[1] + jnp.arange(sizes[1])
@@ -211,7 +211,7 @@ def _own_queries(head, block, limits, unit_ref, segments, refs, shape, sizes):
         if masked:
             ids = None
             if segments is not None:
-                ids = own[:, None], ids_at(segments, key, shape.keys)[None]
+                ids = own[:, None], ids_at(segments.keys, key, shape.keys)[None]
             visible = is_visible(query[:, None], key[None], limits, shape, ids)
             weights = jnp.where(visible, weights, 0.0)
         of_scores = weights * (dot_transposed(of_out, v) - projected[:, None])

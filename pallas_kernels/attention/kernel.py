@@ -89,7 +89,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, where: Places) -> tuple[ja
         (None, sizes[0], None, shape.width), lambda h, i, b: (b, count - 1 - i, h, 0)
     )
     keys = pl.BlockSpec((None, None, *k.shape[2:]), lambda h, i, b: (b, h // shape.groups, 0, 0))
-    segments = segments_of_queries(where.segment_ids, sizes)
+    segments = segments_of_queries(where, shape.length, sizes)
     return launch(
         partial(_forward, shape=shape, sizes=sizes),
         (
@@ -135,7 +135,7 @@ def _forward(
     real = query < shape.length
     q = load(q_ref, row, shape, real)
     if segment_refs is not None:
-        own = ids_at(segment_refs, query, shape.length)
+        own = ids_at(segment_refs.queries, query, shape.length)
 
     def step(number, carry, masked):
         most, total, summed = carry
@@ -145,7 +145,7 @@ def _forward(
         if masked:
             ids = None
             if segment_refs is not None:
-                ids = own[:, None], ids_at(segment_refs, key, shape.keys)[None]
+                ids = own[:, None], ids_at(segment_refs.keys, key, shape.keys)[None]
             visible = is_visible(query[:, None], key[None], limits, shape, ids)
             scores = jnp.where(visible, scores, MASKED)
         new_most = jnp.maximum(most, jnp.max(scores, axis=1))

@@ -29,7 +29,7 @@ def attention(
       q: [B, S, H, d].
       k, v: [B, N, C, d], H a multiple of N; C is the cache length, or S.
       offsets: int [B], keys in the row before the first query.
-      segment_ids: int [B, S], needs C = S and zero offsets.
+      segment_ids: int [B, C], of the keys; a query has that of the key where it stands.
       window: keys seen, the query's own included; None sees all.
 
     Returns:
@@ -134,6 +134,6 @@ def _visible(
     if window is not None:
         visible &= key > query - window
     if segment_ids is not None:
-        own = jnp.take(segment_ids, index, axis=1, mode="clip")
+        own = jnp.take_along_axis(segment_ids, query[:, :, 0], axis=1, mode="clip")
         visible &= own[:, :, None] == segment_ids[:, None, :keys]
     return visible

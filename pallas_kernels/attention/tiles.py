@@ -58,7 +58,7 @@ class Places(NamedTuple):
     Attributes:
       offsets: int32 [B], keys before the first query.
       window: int32 [1], or None where all are seen.
-      segment_ids: int32 [B, S], or None.
+      segment_ids: int32 [B, C] of the keys, or None.
     """
 
     offsets: jax.Array
@@ -248,7 +248,7 @@ def seen(limits: Limits, shape: Shape) -> tuple[jax.Array, jax.Array]:
 
 def is_seen(key: jax.Array, limits: Limits, shape: Shape) -> jax.Array | None:
     """Whether any query sees these keys, a block of them; None where all are seen."""
-    # Of packed rows every key is a token, and sees itself.
+    # Of packed rows every key is a token.
     if limits.segments is not None and shape.keys % key.size == 0:
         return None
     low, high = seen(limits, shape)
@@ -284,52 +284,66 @@ class Segments(NamedTuple):
     """Ids of tokens, and what they mean for the blocks of one side.
 
     Attributes:
-      ids: int32 [B, S].
+      queries: int32 [B, S], ids of the queries.
+      keys: int32 [B, C], those of the keys.
       first, second: int32 [B, blocks]: for blocks of queries, the first block of keys with one of
         their ids, and the one after which all keys up to the queries have their id; for blocks of
         keys, the end of queries all of which have their id, and the end of those with one of their
         ids.
     """
 
-    ids: jax.Array
+    queries: jax.Array
+    keys: jax.Array
     first: jax.Array
     second: jax.Array
 
 
-def segments_of_queries(ids: jax.Array | None, sizes: tuple[int, int]) -> Segments | None:
-    if ids is None:
+def segments_of_queries(where: Places, length: int, sizes: tuple[int, int]) -> Segments | None:
+    if where.segment_ids is None:
         return None
-    some, every, query, key = _shared(ids, sizes)
-    causal = key < (query * sizes[0] + 1) // sizes[1]
+    ids = _ids(where, length)
+    some, every, query, key = _shared(*ids, where.offsets, sizes)
+    causal = key < (query + 1) // sizes[1]
     inner = jnp.max(jnp.where(causal & ~every, key + 1, 0), axis=2)
-    return Segments(ids, jnp.argmax(some, axis=2).astype(jnp.int32), inner)
+    return Segments(*ids, jnp.argmax(some, axis=2).astype(jnp.int32), inner)
 
 
-def segments_of_keys(ids: jax.Array | None, sizes: tuple[int, int]) -> Segments | None:
-    if ids is None:
+def segments_of_keys(where: Places, length: int, sizes: tuple[int, int]) -> Segments | None:
+    if where.segment_ids is None:
         return None
-    some, every, query, key = _shared(ids, sizes)
-    causal = query * sizes[0] >= (key + 1) * sizes[1] - 1
-    outer = jnp.min(jnp.where(causal & ~every, query, some.shape[1]), axis=1)
-    return Segments(ids, outer, jnp.max(jnp.where(some, query + 1, 0), axis=1))
+    ids = _ids(where, length)
+    some, every, query, key = _shared(*ids, where.offsets, sizes)
+    block = jax.lax.broadcasted_iota(jnp.int32, some.shape, 1)
+    causal = query >= (key + 1) * sizes[1] - 1
+    outer = jnp.min(jnp.where(causal & ~every, block, some.shape[1]), axis=1)
+    return Segments(*ids, outer, jnp.max(jnp.where(some, block + 1, 0), axis=1))
 
 
-def _shared(ids: jax.Array, sizes: tuple[int, int]) -> tuple[jax.Array, ...]:
+def _ids(where: Places, length: int) -> tuple[jax.Array, jax.Array]:
+    """Of queries [B, S], each where it stands, and of keys [B, C]."""
+    assert where.segment_ids is not None
+    at = where.offsets[:, None] + jnp.arange(length)
+    return jnp.take_along_axis(where.segment_ids, at, axis=1, mode="clip"), where.segment_ids
+
+
+def _shared(
+    queries: jax.Array, keys: jax.Array, offsets: jax.Array, sizes: tuple[int, int]
+) -> tuple[jax.Array, ...]:
     """Of blocks of queries and of keys [B, queries, keys]: which may share an id, and which have no
-    other id; and the numbers of both."""
+    other id; where the first query of each stands, and the number of the block of keys."""
 
-    def extremes(size: int) -> tuple[jax.Array, jax.Array]:
+    def extremes(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
         blocks = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % size)), mode="edge")
         blocks = blocks.reshape(ids.shape[0], -1, size)
         return jnp.min(blocks, axis=2), jnp.max(blocks, axis=2)
 
-    (low, high), (key_low, key_high) = extremes(sizes[0]), extremes(sizes[1])
+    (low, high), (key_low, key_high) = extremes(queries, sizes[0]), extremes(keys, sizes[1])
     low, high = low[:, :, None], high[:, :, None]
     key_low, key_high = key_low[:, None], key_high[:, None]
     some = (low <= key_high) & (key_low <= high)
     every = (low == key_high) & (key_low == high)
     query, key = (jax.lax.broadcasted_iota(jnp.int32, some.shape, axis) for axis in (1, 2))
-    return some, every, query, key
+    return some, every, offsets[:, None, None] + query * sizes[0], key
 
 
 def limits_of(
@@ -343,7 +357,6 @@ def limits_of(
     return Limits(offset_ref[0], window, segments)
 
 
-def ids_at(segment_refs: Segments, index: jax.Array, length: int) -> jax.Array:
+def ids_at(ids: Any, index: jax.Array, length: int) -> jax.Array:
     """Ids of the tokens at these numbers; beyond the last, 0."""
-    ids: Any = segment_refs.ids
     return triton.load(ids.at[index], mask=index < length, other=0)

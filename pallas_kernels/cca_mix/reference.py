@@ -46,6 +46,7 @@ def initial_carry(weights: Weights, batch: int) -> Carry:
     )
 
 
+@jax.checkpoint  # else some ten arrays of this size would be kept for the gradient
 def cca_mix(
     q: jax.Array,
     k: jax.Array,

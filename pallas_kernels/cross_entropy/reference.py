@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.precision import exact
+from pallas_kernels.product import transposed_product
 
 CHUNK = 1 << 24  # logits in memory at once: 64 MiB in float32, up to twice as many
 LOWEST = -1e30  # finite: relative to it, the exponentials of logits that are all -inf are 0
@@ -53,24 +54,53 @@ def cross_entropy(
     counted = has_target(targets, vocabulary)
     hidden = jnp.where(counted[:, None], hidden.astype(jnp.float32), 0.0)
 
-    @jax.checkpoint
     def part(first: jax.Array, weight: jax.Array, bias: jax.Array) -> Part:
         logits = (product(hidden, weight) + bias.astype(jnp.float32)) / temperature
-        maximum = jnp.maximum(jnp.max(jax.lax.stop_gradient(logits), axis=1), LOWEST)
-        is_target = first + jnp.arange(len(weight)) == targets[:, None]
-        logit = jnp.sum(jnp.where(is_target, logits, 0.0), axis=1)
-        return maximum, jnp.sum(jnp.exp(logits - maximum[:, None]), axis=1), logit
+        return summed(logits, targets - first)
 
     size = _chunk(len(targets), vocabulary)
     rest = vocabulary % size
-    whole = (x[: vocabulary - rest].reshape(-1, size, *x.shape[1:]) for x in (weight, bias))
-    starts = jnp.arange(0, vocabulary - rest, size)
-    parts = [jax.lax.map(lambda chunk: part(*chunk), (starts, *whole))]
+    parts = []
+    if size == vocabulary:
+        rest = size  # all at once: a loop would copy the logits that it keeps
+    else:
+        part = jax.checkpoint(part)
+        whole = (x[: vocabulary - rest].reshape(-1, size, *x.shape[1:]) for x in (weight, bias))
+        starts = jnp.arange(0, vocabulary - rest, size)
+        parts.append(jax.lax.map(lambda chunk: part(*chunk), (starts, *whole)))
     if rest:
-        last = part(vocabulary - rest, weight[-rest:], bias[-rest:])
+        last = part(jnp.int32(vocabulary - rest), weight[-rest:], bias[-rest:])
         parts.append(jax.tree.map(lambda x: x[None], last))
     results = combine(*(jnp.concatenate(columns) for columns in zip(*parts, strict=True)))
     return CrossEntropy(*(jnp.where(counted, result, 0.0) for result in results))
+
+
+@jax.custom_vjp
+def summed(logits: jax.Array, targets: jax.Array) -> Part:
+    """Of logits [T, V] and targets [T], which may be other words. No gradient flows through the
+    largest logit, on which the results of `combine` do not depend."""
+    maximum = jnp.maximum(jnp.max(logits, axis=1), LOWEST)
+    at = jnp.clip(targets, 0, logits.shape[1] - 1)[:, None]
+    logit = jnp.take_along_axis(logits, at, axis=1)[:, 0]
+    logit = jnp.where(has_target(targets, logits.shape[1]), logit, 0.0)
+    return maximum, jnp.sum(jnp.exp(logits - maximum[:, None]), axis=1), logit
+
+
+def _summed_forward(logits, targets):
+    maximum, total, logit = summed(logits, targets)
+    return (maximum, total, logit), (logits, targets, maximum)
+
+
+def _summed_backward(saved, gradients):
+    """Keeps the logits, and not their exponentials too; one pass over them, no scatter."""
+    logits, targets, maximum = saved
+    _, of_total, of_logit = gradients
+    is_target = jnp.arange(logits.shape[1]) == targets[:, None]
+    of_logits = jnp.exp(logits - maximum[:, None]) * of_total[:, None]
+    return of_logits + jnp.where(is_target, of_logit[:, None], 0.0), None
+
+
+summed.defvjp(_summed_forward, _summed_backward)
 
 
 def combine(maxima: jax.Array, sums: jax.Array, logits: jax.Array) -> CrossEntropy:
@@ -107,8 +137,7 @@ def _product_backward(saved, of_logits):
     """Rounded, the logits' gradient is multiplied by the matrix units of 16-bit numbers."""
     hidden, weight = saved
     of_logits = of_logits.astype(weight.dtype)
-    of_weight = dot(of_logits, hidden, 0, 0).astype(weight.dtype)
-    return dot(of_logits, weight, 1, 0), of_weight
+    return dot(of_logits, weight, 1, 0), transposed_product(of_logits, hidden)
 
 
 product.defvjp(_product_forward, _product_backward)

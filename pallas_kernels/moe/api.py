@@ -1,15 +1,17 @@
 """The mixture-of-experts op, by whichever implementation is selected; arguments as in
 `reference.moe`."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.launch import architecture
 from pallas_kernels.moe import kernel, ragged, reference
-from pallas_kernels.moe.reference import Experts
+from pallas_kernels.moe.reference import Experts, permute
 from pallas_kernels.selection import select
 
-__all__ = ["LIBRARY", "Experts", "moe"]
+__all__ = ["LIBRARY", "Experts", "moe", "permute"]
 
 # Tokens an expert from which AMD's grouped product is chosen by default: on paper, multiplying then
 # takes ten times as long as reading the weights, so fusing saves nothing, and a library's tuned
@@ -23,12 +25,15 @@ def moe(
     weight: jax.Array,
     gate_up: Experts,
     down: Experts,
+    expected: int | None = None,
     *,
     implementation: str | None = None,
 ) -> jax.Array:
     # XLA's best is a loop over experts on CPUs; on GPUs a grouped product, which needs bfloat16.
     grouped = architecture() is not None and x.dtype != jnp.float32
-    xla = ragged.moe if grouped else reference.moe
+    # Only the reference's work depends on how many tokens it is given, those without expert too.
+    xla = ragged.moe if grouped else partial(reference.moe, expected=expected)
     available = {"xla": xla, "pallas": kernel.moe, "ragged": ragged.moe}
-    instead = "ragged" if x.shape[0] >= LIBRARY * len(down) else "pallas"
+    tokens = x.shape[0] if expected is None else expected
+    instead = "ragged" if tokens >= LIBRARY * len(down) else "pallas"
     return select("moe", implementation, available, instead)(x, expert, weight, gate_up, down)

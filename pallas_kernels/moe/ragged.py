@@ -35,7 +35,7 @@ def moe(
     order = jnp.argsort(expert, stable=True)
     inverse = jnp.zeros_like(order).at[order].set(jnp.arange(tokens), unique_indices=True)
     sizes = jnp.bincount(expert, length=experts + 1)[:experts].astype(jnp.int32)
-    in_group = (jnp.arange(tokens) < jnp.sum(sizes))[:, None]
+    in_group = jnp.arange(tokens) < jnp.sum(sizes)
 
     def product(rows: jax.Array, weights: jax.Array) -> jax.Array:
         out = jax.lax.ragged_dot_general(
@@ -47,10 +47,10 @@ def moe(
             preferred_element_type=x.dtype,
         )
         # Rows beyond the groups are undefined on GPUs.
-        return jnp.where(in_group, out, 0).astype(jnp.float32)
+        return jnp.where(in_group[:, None], out, 0).astype(jnp.float32)
 
-    rows = jnp.where(in_group, x.at[order].get(unique_indices=True), 0)
+    rows = reference.permute(x, order, in_group, inverse, real)
     gate, up = jnp.split(product(rows, gate_up), 2, axis=-1)
     out = product((jax.nn.silu(gate) * up).astype(x.dtype), down)
-    out = out.at[inverse].get(unique_indices=True)
+    out = reference.permute(out, inverse, real, order, in_group)
     return jnp.where(real, weight, 0.0)[:, None] * out

@@ -1,6 +1,6 @@
 """Top-1 mixture of experts without dropped tokens, in XLA.
 
-Tokens are sorted by expert and go through the experts in rounds of `capacity` tokens an expert: one
+Tokens are sorted by expert and go through the experts in rounds of some tokens an expert: one
 batched product per round, as many rounds as the busiest expert needs. Balanced routing takes one
 round; routing everything to one expert is as exact and takes more. (`jax.lax.ragged_dot` multiplies
 every token with every expert on CPU.)
@@ -13,6 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.moe.rounds import in_rounds, sort
 from pallas_kernels.precision import exact
 from pallas_kernels.product import SWAPPED_ROWS, Weight, product, swapped
 
@@ -21,12 +22,18 @@ SINGLE = 8  # so few tokens go through split experts one by one
 TILES = 1.0, 1.25, 1.5, 1.75  # of more, so many times the mean of an expert together,
 GRAIN = 8  # rounded up to a multiple of this
 
+ROUNDS = 1.25, 1.75, 2.5  # times the mean, of experts in one array
 # One array for all experts, or one for each ("split").
 Experts = jax.Array | tuple[Weight, ...]
 
 
 def moe(
-    x: jax.Array, expert: jax.Array, weight: jax.Array, gate_up: Experts, down: Experts
+    x: jax.Array,
+    expert: jax.Array,
+    weight: jax.Array,
+    gate_up: Experts,
+    down: Experts,
+    expected: int | None = None,
 ) -> jax.Array:
     """Sends each token through its expert, weight * down(silu(gate) * up).
 
@@ -37,6 +44,8 @@ def moe(
       weight: float32 [T].
       gate_up: [E, 2 F, D], the gate's rows first, or E arrays [2 F, D].
       down: [E, D, F], or E arrays [D, F].
+      expected: about how many tokens have an expert, by default all: of no effect on the result,
+        but the work is that of so many, if they are no more.
 
     Returns:
       float32 [T, D]; zero for tokens without an expert.
@@ -53,32 +62,8 @@ def moe(
         return jnp.where(real, weight, 0.0)[:, None] * jnp.where(real[:, None], out, 0.0)
 
     expert = jnp.where(real, expert, experts)
-    order = jnp.argsort(expert, stable=True)
-    counts = jnp.bincount(expert, length=experts + 1)
-    starts = jnp.cumsum(counts) - counts
-    rank = jnp.zeros_like(order).at[order].set(jnp.arange(tokens)) - starts[expert]
-    capacity = min(-(-3 * tokens // (2 * experts)), tokens, MAX_CAPACITY)
-
-    def one_round(number: jax.Array) -> jax.Array:
-        """Experts' output for their tokens of this round, float32 [T, D], zero for the others."""
-        place = number * capacity + jnp.arange(capacity)
-        filled = place < counts[:experts, None]
-        token = order[jnp.minimum(starts[:experts, None] + place, tokens - 1)]
-        served = real & (rank // capacity == number)
-        slot = jnp.where(served, expert * capacity + rank % capacity, 0)
-        rows = _permute(x, token.reshape(-1), filled.reshape(-1), slot, served)
-        out = _expert_mlp(rows.reshape(experts, capacity, -1), gate_up, down)
-        out = out.reshape(experts * capacity, -1)
-        return _permute(out, slot, served, token.reshape(-1), filled.reshape(-1))
-
-    def step(total: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
-        needed = number * capacity < jnp.max(counts[:experts])
-        # Recomputed in the backward pass: saved values of rounds that rarely run would fill memory.
-        run = jax.checkpoint(lambda t: t + one_round(number))
-        return jax.lax.cond(needed, run, lambda t: t, total), None
-
-    rounds = -(-tokens // capacity)
-    out, _ = jax.lax.scan(step, one_round(jnp.int32(0)), jnp.arange(1, rounds))
+    mean = (tokens if expected is None else expected) / experts
+    out = in_rounds(x, gate_up, down, sort(expert, experts), _sizes(ROUNDS, mean, tokens))
     return jnp.where(real, weight, 0.0)[:, None] * out
 
 
@@ -128,8 +113,13 @@ def _tile_sizes(tokens: int, gate_up: tuple[Weight, ...]) -> list[int]:
         return [1]
     if swapped(gate_up[0]):
         return [GRAIN, SWAPPED_ROWS.start]
-    mean = tokens / len(gate_up)
-    return sorted({min(-(-int(part * mean) // GRAIN) * GRAIN, MAX_CAPACITY) for part in TILES})
+    return list(_sizes(TILES, tokens / len(gate_up), MAX_CAPACITY))
+
+
+def _sizes(parts: tuple[float, ...], mean: float, most: int) -> tuple[int, ...]:
+    """So many times the mean, rounded up to `GRAIN` and at most `most`, in ascending order."""
+    sizes = {max(-(-int(part * mean) // GRAIN), 1) * GRAIN for part in parts}
+    return tuple(sorted({min(size, most, MAX_CAPACITY) for size in sizes}))
 
 
 def _mlp(x: jax.Array, gate_up: Weight, down: Weight) -> jax.Array:
@@ -151,7 +141,7 @@ def _expert_mlp(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _permute(
+def permute(
     x: jax.Array, index: jax.Array, valid: jax.Array, inverse: jax.Array, inverse_valid: jax.Array
 ) -> jax.Array:
     """Rows of x by `index`, zero where not `valid`; its gradient is the gather by `inverse`, never
@@ -160,7 +150,7 @@ def _permute(
 
 
 def _permute_forward(x, index, valid, inverse, inverse_valid):
-    return _permute(x, index, valid, inverse, inverse_valid), (inverse, inverse_valid)
+    return permute(x, index, valid, inverse, inverse_valid), (inverse, inverse_valid)
 
 
 def _permute_backward(residual, cotangent):
@@ -169,4 +159,4 @@ def _permute_backward(residual, cotangent):
     return gradient, None, None, None, None
 
 
-_permute.defvjp(_permute_forward, _permute_backward)
+permute.defvjp(_permute_forward, _permute_backward)

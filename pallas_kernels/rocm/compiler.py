@@ -48,11 +48,11 @@ def compile_for(
     process is missing in `kernels`.
 
     Args:
-      f: the function.
+      f: the function, or one that is already under `jax.jit`.
       args: trees of `jax.ShapeDtypeStruct`; with the devices of `toolchain.devices` in their
         shardings, or without any.
       architecture: of the GPU.
-      options: for `jax.jit`.
+      options: for `jax.jit`, of a function that is not.
 
     Raises:
       jax.errors.JaxRuntimeError: the compiler refuses it.
@@ -60,11 +60,9 @@ def compile_for(
     with tempfile.TemporaryDirectory() as folder, _keeping_files(folder):
         with compiling_for(architecture), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*Triton backend is deprecated")
-            lowered = (
-                jax.jit(f, **options)
-                .trace(*_placed(args, architecture))
-                .lower(lowering_platforms=("rocm",))
-            )
+            jitted = f if isinstance(f, jax.stages.Wrapped) else jax.jit(f, **options)
+            traced = jitted.trace(*_placed(args, architecture))
+            lowered = traced.lower(lowering_platforms=("rocm",))
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
         lds = _lds(Path(folder))
         kernels = {

@@ -8,12 +8,21 @@ import dataclasses
 import json
 import math
 import re
-from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-COLLECTIVES = (
-    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
-    "ragged-all-to-all",
-)
+import numpy as np
+
+# Bytes that each of n devices sends, of one that its operand has: of the ways to do it, that which
+# sends least.
+COLLECTIVES: dict[str, Callable[[int], float]] = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: n - 1,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+    "ragged-all-to-all": lambda n: (n - 1) / n,
+}
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "token": 0, "c64": 8}
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
@@ -43,6 +52,26 @@ class Instruction:
         return sum(_width(kind) * math.prod(shape) for kind, shape in self.shapes)
 
 
+class Collective(NamedTuple):
+    """One instruction by which devices exchange data.
+
+    Attributes:
+      kind: of `COLLECTIVES`.
+      times: that it runs, as far as XLA knows how often loops do.
+      sent: bytes that each device sends in all these times.
+      groups: numbers of the devices that exchange with one another [groups, devices].
+    """
+
+    kind: str
+    times: int
+    sent: float
+    groups: np.ndarray
+
+    def within(self, node: int) -> bool:
+        """Whether no group has devices of two nodes, which have so many each."""
+        return bool((self.groups // node == self.groups[:, :1] // node).all())
+
+
 class Program:
     """A parsed program."""
 
@@ -63,14 +92,25 @@ class Program:
         """Bytes that all its kernels read and write."""
         return self._moved(self.entry)
 
-    def collectives(self) -> dict[str, int]:
-        """How often each collective stands in the program."""
-        ops = Counter(i.op.removesuffix("-start") for i in self._all())
-        return {name: ops[name] for name in COLLECTIVES if ops[name]}
+    def collectives(self) -> list[Collective]:
+        """Those between more than one device, in the order of the program; of branches, those of
+        the one that sends most.
 
-    def squares(self, size: int) -> list[Instruction]:
-        """Results with two axes of that size, which memory has to hold."""
-        return [i for i in self._kernels() if any(shape.count(size) >= 2 for _, shape in i.shapes)]
+        Raises:
+          ValueError: one names its devices in a way that is not known here.
+        """
+        return [c for c in self._collectives(self.entry, 1) if c.groups.shape[1] > 1]
+
+    def squares(self, rows: int, columns: int) -> list[Instruction]:
+        """Results with two axes of these sizes, which memory has to hold."""
+        return [
+            i
+            for i in self._kernels()
+            if any(
+                rows in shape and shape.count(columns) >= 1 + (rows == columns)
+                for _, shape in i.shapes
+            )
+        ]
 
     def ragged_dots(self) -> int:
         """Products of ragged groups that were not left to a library: dense, masked work."""
@@ -104,6 +144,26 @@ class Program:
         return [
             i for name, c in self.computations.items() if name not in inside for i in c.values()
         ]
+
+    def _collectives(self, name: str, times: int) -> Iterator[Collective]:
+        computation = self.computations[name]
+        for i in computation.values():
+            kind = i.op.removesuffix("-start")
+            if kind in COLLECTIVES:
+                groups = _groups(i)
+                once = sum(computation[o].nbytes for o in i.operands)
+                sent = once * COLLECTIVES[kind](groups.shape[1])
+                yield Collective(kind, times, times * sent, groups)
+            elif i.op == "while":
+                (body,) = _called(i, "body")
+                yield from self._collectives(body, times * _trips(i))
+            elif i.op == "conditional":
+                branches = _called(i, "branch_computations", "true_computation")
+                found = [list(self._collectives(branch, times)) for branch in branches]
+                yield from max(found, key=lambda branch: sum(c.sent for c in branch))
+            elif i.op in ("call", "async-start"):
+                for called in _called(i, "to_apply", "calls"):
+                    yield from self._collectives(called, times)
 
     def _moved(self, name: str) -> int:
         computation, total = self.computations[name], 0
@@ -192,6 +252,32 @@ def _called(instruction: Instruction, *keys: str) -> list[str]:
     if "false_computation" in instruction.text and "true_computation" in keys:
         found += re.findall(r"false_computation=%([\w.-]+)", instruction.text)
     return found
+
+
+def _groups(collective: Instruction) -> np.ndarray:
+    """The devices that exchange with one another [groups, devices], in whichever way they are
+    named; a sender and its receiver are such a group too."""
+    text = collective.text
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", text):
+        return np.array([_numbers(group) for group in re.findall(r"\{([^}]*)\}", match[1])])
+    tiled = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if tiled:
+        sizes = _numbers(tiled[2])
+        order = _numbers(tiled[3]) if tiled[3] else range(len(sizes))
+        devices = np.arange(math.prod(sizes)).reshape(sizes)
+        return devices.transpose(order).reshape(_numbers(tiled[1]))
+    mesh = re.search(r"replica_groups=mesh\[(('\w+'=\d+,?)+)\] \{(('\w+',?)+)\}", text)
+    if mesh:
+        names = re.findall(r"'(\w+)'", mesh[1])
+        sizes = [int(size) for size in re.findall(r"=(\d+)", mesh[1])]
+        along = [names.index(name) for name in re.findall(r"'(\w+)'", mesh[3])]
+        devices = np.moveaxis(np.arange(math.prod(sizes)).reshape(sizes), along, range(len(along)))
+        return devices.reshape(math.prod(sizes[axis] for axis in along), -1).T
+    raise ValueError(f"{collective.name}: its devices are not named in a known way: {text}")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _trips(loop: Instruction) -> int:

@@ -1,6 +1,7 @@
 """The tables of docs/kernels.md: what was compiled, and what bounds it on paper."""
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 # Of the MI300X: dense bfloat16 and memory at their peaks, and the bandwidth that others measured.
@@ -60,11 +61,16 @@ def page(rows: list[Row]) -> str:
     return "".join(parts)
 
 
-def table(columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> str:
+def table(columns: Mapping[str, Callable[[Any], str]], rows: Sequence[Any]) -> str:
     """In Markdown."""
     lines = [list(columns), ["---"] * len(columns)]
     lines += [[cell(row) for cell in columns.values()] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def plain_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """In Markdown, of rows that are cells by column."""
+    return table({name: itemgetter(name) for name in rows[0]}, rows)
 
 
 def _time(row: Row) -> str:

@@ -53,26 +53,32 @@ GPUS = {
     "gfx942": Gpu("MI300X", 65536, 304, 5_300_000_000_000, 2.1, 206_158_430_208),
     "gfx950": Gpu("MI350X", 163840, 256, 7_782_000_000_000, 2.2, 270_566_162_432),
 }
+NODE = 8  # GPUs of a node
 
 
 def devices(count: int = 1, architecture: str = "gfx942") -> list[jax.Device]:
-    """So many GPUs of a node, to compile for.
+    """So many GPUs to compile for, of one node; of nodes with eight each, where there are more.
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.
+      ValueError: nodes would not be full.
     """
+    if count > NODE and count % NODE:
+        raise ValueError(f"{count} GPUs do not fill nodes of {NODE}")
     if "rocm" not in xla_bridge._topology_factories:
         library = _library()
         _stand_in(library)
         # It logs a traceback where it finds no GPU.
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)
+        jax.devices()  # JAX finds those that are there, before it hears of some that are not
         options = {"platform_name": "ROCM"}
         xla_bridge.register_plugin("rocm", priority=-1, library_path=str(library), options=options)
+    nodes = max(count // NODE, 1)
     topology = topologies.get_topology_desc(
         platform="rocm",
         topology_name="mi300",
         target_config=_TARGET.format(architecture=architecture, **GPUS[architecture]._asdict()),
-        topology=f"1x1x{count}",
+        topology=f"1x{nodes}x{count // nodes}",
     )
     return list(topology.devices)
 

@@ -3,10 +3,10 @@
 import jax
 
 from pallas_kernels.router import kernel, reference
-from pallas_kernels.router.reference import FREE, Weights
+from pallas_kernels.router.reference import FREE, Weights, choose
 from pallas_kernels.selection import select
 
-__all__ = ["FREE", "Weights", "route"]
+__all__ = ["FREE", "Weights", "choose", "route"]
 
 
 def route(

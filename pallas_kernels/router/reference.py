@@ -55,13 +55,21 @@ def route(
     x = jax.nn.gelu(
         _linear(x, weights.fc2) + weights.fc2_bias.astype(jnp.float32), approximate=False
     )
-    probabilities = jax.nn.softmax(_linear(x, weights.out), axis=-1)
+    return states, *choose(_linear(x, weights.out), balancing_biases, forced)
+
+
+def choose(
+    scores: jax.Array, balancing_biases: jax.Array, forced: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The class of each token, and its weight, by scores float32 [..., E + 1]; the other arguments
+    and the results as those of `route`."""
+    probabilities = jax.nn.softmax(scores, axis=-1)
     biased = jax.lax.stop_gradient(probabilities) + balancing_biases
     expert = jnp.argmax(biased, axis=-1).astype(jnp.int32)
     if forced is not None:
         expert = jnp.where(forced == FREE, expert, forced.astype(jnp.int32))
     weight = jnp.take_along_axis(probabilities, expert[..., None], axis=-1)[..., 0]
-    return states, expert, weight
+    return expert, weight
 
 
 def _linear(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -15,7 +15,9 @@ from pallas_kernels.moe import ragged
 from pallas_kernels.rocm import hlo, report, sweep
 from pallas_kernels.rocm.cases import ZAYA1_8B, Case
 from pallas_kernels.rocm.compiler import compile_for
-from train import aot
+from train import aot, cluster
+from train.config import MeshConfig, ModelConfig, TrainConfig
+from train.data.config import DataConfig
 
 
 def bfloat16(*shape: int) -> jax.ShapeDtypeStruct:
@@ -25,7 +27,7 @@ def bfloat16(*shape: int) -> jax.ShapeDtypeStruct:
 def problems(f, *args) -> list[str]:
     """Of a whole program."""
     program = compile_for(f, *args)
-    return aot.problems_of(program, hlo.Program(program.text))
+    return aot.problems_of(program, hlo.Program(program.text), (512, 512))
 
 
 def squared(size: int, warps: int, stages: int = 1):
@@ -107,8 +109,7 @@ def test_ragged_products_are_the_librarys_in_bfloat16_and_dense_in_float32():
     assert products(jnp.float32) == ["2 ragged products as dense ones"]
 
 
-def test_a_buffer_of_tokens_by_tokens_fails(monkeypatch):
-    monkeypatch.setattr(aot, "TOKENS", 512)
+def test_a_buffer_of_tokens_by_tokens_fails():
     args = bfloat16(512, 128), bfloat16(512, 128)
     naive = problems(lambda q, k: jax.nn.softmax(q @ k.T) @ k, *args)
     assert naive and all(problem.startswith("a buffer") for problem in naive)
@@ -126,3 +127,26 @@ def test_the_sweep_chooses_the_largest_sound_blocks_and_kernels_use_them(monkeyp
     sweep.main("moe forward", "8B", "gfx950")
     (found,) = json.loads(capsys.readouterr().out).items()
     assert found == ("gfx950 moe_hidden 128x256x128 bfloat16", [[128, 64, 64], 4, 2])
+
+
+def test_a_training_step_is_in_place_and_sends_experts_no_float32():
+    config = TrainConfig(
+        phase="pretrain",
+        data=DataConfig(),
+        model=ModelConfig(preset="nano", num_hidden_layers=3, kernels="xla"),
+        context=32,
+        rows=8,
+        mesh=MeshConfig(2, 2, 2),
+    )
+    source = cluster.training(config)
+    program = compile_for(source.function, *source.args)
+    text = hlo.Program(program.text)
+    assert program.results < 1e5 < program.arguments  # the state is donated
+    collectives = text.collectives()
+    assert all(c.within(8) for c in collectives)
+    kinds = {c.kind for c in collectives}
+    assert {"all-to-all", "reduce-scatter", "all-gather", "collective-permute"} <= kinds
+    rows = cluster.exchanged(source.name, collectives)
+    assert {row["collective"] for row in rows} == kinds
+    sent = [i for c in text.computations.values() for i in c.values() if "all-to-all" in i.op]
+    assert sent and not [i for i in sent if any(kind == "f32" for kind, _ in i.shapes)]

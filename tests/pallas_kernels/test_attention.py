@@ -60,6 +60,20 @@ def test_segments_and_gradients(monkeypatch, budget):
         assert_close(a, b)
 
 
+@pytest.mark.parametrize("budget", [B * H * 50 * 8, 1 << 24], ids=["8 queries", "all"])
+def test_queries_that_are_a_part_of_packed_rows_have_the_segments_of_their_places(
+    monkeypatch, budget
+):
+    monkeypatch.setattr(reference, "SCORE_BUDGET", budget)
+    q, k, v = operands(50)
+    offsets = jnp.array([0, 13])
+    ids = jnp.asarray(np.repeat([[1, 2, 3, 0], [4, 4, 1, 2]], [10, 4, 20, 16], axis=1))
+    query, key = offsets[:, None] + jnp.arange(S), jnp.arange(50)
+    own = jnp.take_along_axis(ids, query, axis=1)
+    visible = (key <= query[:, :, None]) & (own[:, :, None] == ids[:, None])
+    assert_close(attention(q, k, v, offsets, ids), plain(q, k, v, visible))
+
+
 def test_no_buffer_grows_with_the_square_of_the_length():
     """Temporary memory of 16K tokens is within a few score blocks and copies of the queries."""
     shapes = [

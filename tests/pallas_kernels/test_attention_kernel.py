@@ -95,6 +95,14 @@ def test_segments_see_only_themselves(window):
         check(operands(1, 74, 74), ids=ids, window=window)
 
 
+@pytest.mark.parametrize("window", [None, 12])
+def test_queries_are_a_part_of_packed_rows(window):
+    """As on devices that share rows: ids are those of all keys."""
+    q, k, v = operands(2, 31, 74)
+    for ids in IDS.values():
+        check((q, k, v), [0, 43], jnp.concatenate([ids, IDS["runs and padding"]]), window)
+
+
 def test_rows_have_segments_of_their_own():
     ids = jnp.concatenate([IDS["runs and padding"], IDS["runs that fill blocks"]])
     check(operands(2, 74, 74), [0, 0], ids)

@@ -182,6 +182,13 @@ def test_ragged_products_are_those_of_the_reference(routing):
     check(operands(*SHAPE, routing), ragged.moe)
 
 
+def test_rows_return_from_ragged_products_without_a_scatter():
+    x, expert, *rest = operands(*SHAPE)
+    gradient = jax.grad(lambda x, *rest: ragged.moe(x, expert, *rest).sum(), (0, 1, 2, 3))
+    lines = str(jax.make_jaxpr(gradient)(x, *rest)).splitlines()
+    assert not [line for line in lines if "scatter" in line and ":f32[" in line.partition("=")[0]]
+
+
 def test_implementations_by_name_and_experts_in_separate_arrays():
     x, expert, weight, gate_up, down = operands(*SHAPE)
     expected = THEIRS(x, expert, weight, gate_up, down)

@@ -47,7 +47,9 @@ def test_squares_and_float32_products_are_found():
     def scores(q):
         return jax.nn.softmax((q @ q.T).astype(jnp.float32)) @ q
 
-    assert program(scores, q).squares(96) and not program(lambda q: q * 2, q).squares(96)
+    assert program(scores, q).squares(96, 96) and not program(lambda q: q * 2, q).squares(96, 96)
+    found = program(lambda q: jnp.exp(q[:48] @ q.T), q)
+    assert found.squares(48, 96) and not found.squares(48, 48) and not found.squares(96, 96)
     x = jnp.zeros((64, 64))
     assert program(lambda x: x @ x, x).float32_products()
     exact = program(lambda x: jnp.matmul(x, x, precision="highest"), x)
@@ -67,15 +69,75 @@ ENTRY %main (x: f32[8,8]) -> (f32[8,8], s8[4]) {
     assert not Program(text.replace("EXACT", exact)).float32_products()
 
 
-def test_collectives_are_counted():
-    text = """
+LOOP = """
+%body (s: (f32[8])) -> (f32[8]) {
+  %s = (f32[8]{0}) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%s), index=0
+  %g = f32[32]{0} all-gather(%x), replica_groups={{0,1,2,3}}, dimensions={0}
+  %p = f32[8]{0} collective-permute(%x), source_target_pairs={{0,1},{1,2},{2,3}}
+  ROOT %t = (f32[8]{0}) tuple(%p)
+}
+
 ENTRY %main (x: f32[8]) -> f32[8] {
   %x = f32[8]{0} parameter(0)
-  %s = f32[8]{0} all-reduce-start(%x), to_apply=%add
-  ROOT %r = f32[8]{0} all-reduce-done(%s)
+  %a = f32[8]{0} all-reduce-start(%x), replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add
+  %d = f32[8]{0} all-reduce-done(%a)
+  %alone = f32[8]{0} all-reduce(%d), replica_groups=[4,1]<=[4], to_apply=%add
+  %s = (f32[8]{0}) tuple(%alone)
+  %w = (f32[8]{0}) while(%s), body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %r = f32[8]{0} get-tuple-element(%w), index=0
 }
 """
-    assert Program(text).collectives() == {"all-reduce": 1}
+
+
+def test_collectives_count_as_often_as_they_run_with_what_each_device_sends():
+    found = Program(LOOP).collectives()
+    assert [(c.kind, c.times, c.sent) for c in found] == [
+        ("all-reduce", 1, 32.0),  # half of 32 bytes out, and the other half's sum
+        ("all-gather", 5, 5 * 32 * 3.0),
+        ("collective-permute", 5, 5 * 32.0),
+    ]
+    assert [c.within(2) for c in found] == [False, False, False] and found[1].within(4)
+    pairs = LOOP.replace("T(1,0)", "")
+    assert Program(pairs).collectives()[0].groups.tolist() == [[0, 1], [2, 3]]
+    assert Program(pairs).collectives()[0].within(2)
+
+
+def test_devices_of_a_collective_are_known_by_axes_of_a_mesh_or_not_at_all():
+    mesh = "replica_groups=mesh['data'=2,'expert'=4,'context'=1] {'AXES'}"
+
+    def groups(axes):
+        text = LOOP.replace("replica_groups=[2,2]<=[2,2]T(1,0)", mesh.replace("AXES", axes))
+        return Program(text).collectives()[0].groups.tolist()
+
+    assert groups("expert") == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert groups("data','context") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    with pytest.raises(ValueError, match="not named in a known way"):
+        groups("data':(1)2")
+
+
+def test_asynchronous_and_conditional_collectives_count_once():
+    text = """
+%reduce (x: f32[8]) -> f32[2] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %r = f32[2]{0} reduce-scatter(%x), replica_groups={{0,1,2,3}}, to_apply=%add
+}
+
+%nothing (x: f32[8]) -> f32[2] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %r = f32[2]{0} slice(%x), slice={[0:2]}
+}
+
+ENTRY %main (x: f32[8], y: pred[]) -> f32[2] {
+  %x = f32[8]{0} parameter(0)
+  %y = pred[] parameter(1)
+  %s = ((f32[8]{0}), f32[2]{0}) async-start(%x), calls=%reduce
+  %d = f32[2]{0} async-done(%s)
+  ROOT %c = f32[2]{0} conditional(%y, %x, %x), true_computation=%reduce, false_computation=%nothing
+}
+"""
+    found = Program(text).collectives()
+    assert [(c.kind, c.times, c.sent) for c in found] == [("reduce-scatter", 1, 24.0)] * 2
 
 
 def copy(rows, x):

@@ -1,0 +1,1 @@
+"""The mini-course that makes the embedded nano model: its data, phases and report."""
