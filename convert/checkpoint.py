@@ -2,13 +2,13 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from convert.folder import CONFIG, INDEX, WEIGHTS
+from convert.folder import CONFIG, INDEX, WEIGHTS, beside
 from convert.legacy_config import read_legacy
 from convert.mapping import Entry, copies, mapping
 from convert.orbax_io import Leaf, read_arrays
@@ -74,9 +74,45 @@ class Stacked:
         return out
 
 
+@dataclasses.dataclass(frozen=True)
+class OfLayer:
+    """One layer's part of a leaf that training holds for all layers together."""
+
+    stacked: Leaf
+    layer: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.stacked.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stacked.shape[1:]
+
+    def read(self, dtype: Any = None, rows: slice = slice(None)) -> np.ndarray:
+        (array,) = self.stacked.read(dtype, slice(self.layer, self.layer + 1))
+        return array[rows] if array.ndim else array
+
+
+def unstacked(found: Mapping[str, Leaf]) -> dict[str, Leaf]:
+    """The leaves of our tree, of those of a training checkpoint (`layouts.stack`) or of any other
+    one; without layer 0's `router_states_scale`, which only stacking needs."""
+    leaves: dict[str, Leaf] = {}
+    for path, leaf in found.items():
+        collection, layers, name = path.partition("/layers/")
+        if not layers or name.partition("/")[0].isdecimal() or not leaf.shape:
+            leaves[path] = leaf
+            continue
+        first = int(name.endswith("router_states_scale"))
+        for layer in range(first, leaf.shape[0]):
+            leaves[f"{collection}/layers/{layer}/{name}"] = OfLayer(leaf, layer)
+    return leaves
+
+
 def layout_of(folder: Path) -> Layout:
     """The layout of a folder, by its config and what it holds."""
-    if (folder / WEIGHTS).is_dir() and not _holds_safetensors(folder):
+    of_run = beside(folder) != folder  # even where its weights are lost
+    if of_run or ((folder / WEIGHTS).is_dir() and not _holds_safetensors(folder)):
         return "orbax"
     return "hf-legacy" if is_legacy(read_json(folder / CONFIG)) else "hf"
 
@@ -103,7 +139,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     found: dict[str, Any] = {}
     problems: list[str] = []
     if layout == "orbax":
-        found |= read_arrays(folder)
+        found |= unstacked(read_arrays(folder))
     else:
         tensors, problems = read_folder(folder)
         found |= tensors
@@ -158,7 +194,7 @@ def _wanted(layout: Layout, path: str, entry: Entry) -> list[tuple[str, tuple[in
 
 
 def _config(folder: Path, names: Iterable[str]) -> ZayaConfig:
-    file = folder / CONFIG
+    file = beside(folder) / CONFIG
     values = read_json(file)
     try:
         if not is_legacy(values):

@@ -23,6 +23,7 @@ CARRIED = (
     "generation_config.json",
 )
 WEIGHTS = "weights"
+CHECKPOINTS = "checkpoints"  # of a training run, by step
 INDEX = "model.safetensors.index.json"
 _OWN = {CONFIG, CHECKSUMS, INDEX, *CARRIED}
 _SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
@@ -46,7 +47,7 @@ def find(path_or_hub_id: str | os.PathLike[str], hub_files: Sequence[str] = HUB_
     try:
         path = Path(name)
         if path.is_dir():
-            return path
+            return _newest(path)
         if path.exists():
             raise CheckpointError(f"{path}: is a file, expected a checkpoint folder")
         if (moved := unfinished(path) / "old").is_dir():
@@ -66,8 +67,35 @@ def find(path_or_hub_id: str | os.PathLike[str], hub_files: Sequence[str] = HUB_
         ) from None
 
 
+def _newest(folder: Path) -> Path:
+    """The newest checkpoint of a training run; any other folder itself."""
+    if not ((folder / CONFIG).exists() and (folder / CHECKPOINTS).is_dir()):
+        return folder
+    if not (steps := _steps(folder)):
+        raise CheckpointError(f"{folder}: is a training run without a checkpoint yet")
+    return folder / CHECKPOINTS / str(max(steps))
+
+
+def _steps(run: Path) -> list[int]:
+    return [int(e.name) for e in (run / CHECKPOINTS).iterdir() if e.name.isdecimal()]
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a folder is that of a training run with a complete checkpoint."""
+    is_run = (folder / CONFIG).exists() and (folder / CHECKPOINTS).is_dir()
+    return is_run and bool(_steps(folder))
+
+
+def beside(folder: Path) -> Path:
+    """Where the config and the tokenizer of a checkpoint are: beside its weights; those of a
+    training run share the run's."""
+    of_run = folder.name.isdecimal() and folder.parent.name == CHECKPOINTS
+    return folder.parent.parent if of_run and not (folder / CONFIG).exists() else folder
+
+
 def read_carried(folder: Path) -> dict[str, bytes]:
     """The contents of the files that go wherever the weights go. Raises CheckpointError."""
+    folder = beside(folder)
     try:
         return {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).exists()}
     except OSError as error:

@@ -129,6 +129,7 @@ def write_legacy(config: ZayaConfig) -> dict[str, Any]:
     Raises:
       ConfigError: the legacy layout cannot express it.
     """
+    config.check_is_zaya()
     sliding = SLIDING in config.layer_types
     rope, factor = config.rope, config.rope.partial_rotary_factor
     if sliding and FULL not in config.layer_types:

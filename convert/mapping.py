@@ -55,7 +55,9 @@ _LEGACY = {
 
 
 def mapping(config: ZayaConfig) -> dict[str, Entry]:
-    """Every leaf of the tree, by its path ("params/layers/0/mlp/experts/down_proj")."""
+    """Every leaf of the tree, by its path ("params/layers/0/mlp/experts/down_proj"). Raises
+    ConfigError where the model is no ZAYA."""
+    config.check_is_zaya()
     size = (config.hidden_size,)
     vocabulary = (config.vocab_size, config.hidden_size)
     first = "model.layers.0.res_scale"

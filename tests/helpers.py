@@ -47,6 +47,17 @@ ODD = ZayaConfig(
     bos_token_id=1,
     eos_token_ids=(2,),
 )
+# Measured beside transformers, where speed is not what is tested.
+BENCH = ZayaConfig(
+    vocab_size=512,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    head_dim=16,
+    num_experts=8,
+    moe_intermediate_size=48,
+    router_hidden_size=48,
+)
 CONFIGS = {"tiny": TINY, "odd": ODD}
 
 

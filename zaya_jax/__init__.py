@@ -2,7 +2,7 @@
 
 from convert.conversion import convert
 from zaya_jax.config import PRESETS, Rope, ZayaConfig
-from zaya_jax.errors import CheckpointError, ConfigError, InputError, ZayaError
+from zaya_jax.errors import CheckpointError, ConfigError, DataError, InputError, ZayaError
 from zaya_jax.generation.batching import from_left_padded
 from zaya_jax.generation.engine import Engine
 from zaya_jax.generation.rows import Generation, Interrupted
@@ -17,6 +17,7 @@ __all__ = [
     "PRESETS",
     "CheckpointError",
     "ConfigError",
+    "DataError",
     "DecodeState",
     "Engine",
     "Generation",

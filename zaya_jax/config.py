@@ -47,6 +47,15 @@ IGNORED = frozenset(
 _FIXED = {"hidden_act": "silu", "num_experts_per_tok": 1}
 # Null means the default here; padding is masked whatever its token.
 _NULL_IS_DEFAULT = frozenset({"layer_types", "pad_token_id"})
+# Fields that say how to compute, and are in no checkpoint.
+_NOT_OF_THE_MODEL = ("kernels", "remat")
+# Fields that only ZAYA's values of are in any checkpoint.
+_OF_ZAYA = {"attention": "cca", "router": "mlp", "residual_scaling": True}
+_CHOICES = {
+    "attention": ("cca", "gqa"),
+    "router": ("mlp", "linear"),
+    "skip_expert": ("zero", "identity"),
+}
 _LEGACY = frozenset(
     {"ffn_hidden_size", "ffn_hidden_size_list", "zaya_mlp_expansion", "zaya_layers"}
 )
@@ -96,10 +105,17 @@ class ZayaConfig:
       skip_expert: output for a token routed to the router's last class: "zero" (transformers, vLLM)
         or "identity" (the legacy code: its normed input times its probability). Not a Hugging Face
         field.
+      attention, router, residual_scaling: parts of ZAYA, in whose place other models have plain
+        ones: "gqa" is grouped-query attention with the rotary embedding and nothing else, "linear"
+        a router of one matrix, and without residual scaling outputs are added to the stream as they
+        are. Such models can be trained, to compare ZAYA with; no checkpoint layout has them.
       bos_token_id: None where prompts begin without one.
       eos_token_ids: every token that ends a turn.
       kernels: what computes the ops, "xla" or "pallas"; None leaves it to the machine (Pallas on
         AMD GPUs). Not of the architecture, and in no checkpoint.
+      remat: what the gradient of stacked layers computes again instead of keeping it: "none" of it,
+        all but products with weights ("dots"), or all but each layer's input ("full"). Not of the
+        architecture either.
     """
 
     vocab_size: int = 262272
@@ -123,10 +139,14 @@ class ZayaConfig:
     lm_head_bias: bool = False
     attention_bias: bool = False
     skip_expert: Literal["zero", "identity"] = "zero"
+    attention: Literal["cca", "gqa"] = "cca"
+    router: Literal["mlp", "linear"] = "mlp"
+    residual_scaling: bool = True
     bos_token_id: int | None = 2
     eos_token_ids: tuple[int, ...] = (106,)
     pad_token_id: int = 0
     kernels: Literal["xla", "pallas"] | None = None
+    remat: Literal["none", "dots", "full"] = "none"
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -150,6 +170,20 @@ class ZayaConfig:
     def conv_tail(self) -> int:
         """Columns of u that decoding carries from token to token."""
         return self.cca_time0 + self.cca_time1 - 2
+
+    @property
+    def is_zaya(self) -> bool:
+        """Whether no part of ZAYA is replaced by a plain one."""
+        return all(getattr(self, name) == value for name, value in _OF_ZAYA.items())
+
+    def check_is_zaya(self) -> None:
+        """Raises `ConfigError`, naming the field, where this is a model to compare ZAYA with."""
+        for name, value in _OF_ZAYA.items():
+            if (found := getattr(self, name)) != value:
+                raise ConfigError(
+                    f"{name} is {found!r}, ZAYA's is {value!r}: other models can be trained, but "
+                    "neither saved, converted nor generated with"
+                )
 
     def layer_rope(self, layer_type: str) -> Rope:
         return self.sliding_rope if layer_type == SLIDING else self.rope
@@ -191,7 +225,7 @@ class ZayaConfig:
             eos = values.pop("eos_token_id")
             fields["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
         known = {field.name for field in dataclasses.fields(cls)}
-        known -= {"rope", "sliding_rope", "eos_token_ids", "kernels"}
+        known -= {"rope", "sliding_rope", "eos_token_ids", *_NOT_OF_THE_MODEL, *_OF_ZAYA}
         for name, value in values.items():
             if name in known:
                 if value is not None or name not in _NULL_IS_DEFAULT:
@@ -202,14 +236,16 @@ class ZayaConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The contents of a `config.json` that transformers and `from_hf` read back as this
-        model."""
+        model. Raises `ConfigError` where this is no ZAYA."""
+        self.check_is_zaya()
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         rope, sliding_rope, eos = (
             values.pop("rope"),
             values.pop("sliding_rope"),
             values.pop("eos_token_ids"),
         )
-        del values["kernels"]
+        for name in (*_NOT_OF_THE_MODEL, *_OF_ZAYA):
+            del values[name]
         if values["skip_expert"] == "zero":
             del values["skip_expert"]
         return {
@@ -252,6 +288,8 @@ def _check_types(config: ZayaConfig) -> None:
             good = value is None or _is_int(value)
         elif field.name == "kernels":
             good = value in (None, "xla", "pallas")
+        elif field.name == "remat":
+            good = value in ("none", "dots", "full")
         elif isinstance(default, bool):
             good = isinstance(value, bool)
         elif isinstance(default, int):
@@ -334,10 +372,9 @@ def _check_values(config: ZayaConfig) -> None:
             rotary % 2 == 0 or kind not in config.layer_types,
             f"{name}: partial_rotary_factor {factor} rotates an odd number of channels ({rotary})",
         )
-    require(
-        config.skip_expert in ("zero", "identity"),
-        f"skip_expert must be zero or identity: {config.skip_expert!r}",
-    )
+    for name, choices in _CHOICES.items():
+        value = getattr(config, name)
+        require(value in choices, f"{name} must be {' or '.join(choices)}: {value!r}")
     require(len(config.eos_token_ids) > 0, "eos_token_ids must name at least one token")
     for name, ids in {
         "bos_token_id": () if config.bos_token_id is None else (config.bos_token_id,),
@@ -382,7 +419,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         num_experts=8,
         moe_intermediate_size=192,
         router_hidden_size=32,
-        rope=Rope(1e4),
+        rope=Rope(1e5),
         max_position_embeddings=1024,
         bos_token_id=1,
         eos_token_ids=(2,),

@@ -17,3 +17,8 @@ class CheckpointError(ZayaError):
 
 class InputError(ZayaError):
     """Tokens, prompts or sampling settings that no model could run."""
+
+
+class DataError(ZayaError):
+    """Training data that are missing, unreadable, or for too large a part not what they should
+    be."""

@@ -30,9 +30,10 @@ def stack(params: dict[str, Any], config: ZayaConfig) -> dict[str, Any]:
             f"layers with different partial_rotary_factor {sorted(rotary)} cannot be stacked"
         )
     first, *rest = params["params"]["layers"]
-    ones = jnp.ones_like(first["mlp"]["gate"]["router_mlp"]["norm"]["weight"])
-    gate = {**first["mlp"]["gate"], "router_states_scale": ones}
-    first = {**first, "mlp": {**first["mlp"], "gate": gate}}
+    if config.router == "mlp":
+        ones = jnp.ones_like(first["mlp"]["gate"]["router_mlp"]["norm"]["weight"])
+        gate = {**first["mlp"]["gate"], "router_states_scale": ones}
+        first = {**first, "mlp": {**first["mlp"], "gate": gate}}
     layers = {"params": (first, *rest), "balancing": params["balancing"]["layers"]}
     return {
         name: {**params[name], "layers": jax.tree.map(lambda *x: jnp.stack(x), *layers[name])}
@@ -51,7 +52,7 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
         name: {**params[name], "layers": [layer(params[name]["layers"], i) for i in range(count)]}
         for name in ("params", "balancing")
     }
-    del out["params"]["layers"][0]["mlp"]["gate"]["router_states_scale"]
+    out["params"]["layers"][0]["mlp"]["gate"].pop("router_states_scale", None)
     return {name: {**tree, "layers": tuple(tree["layers"])} for name, tree in out.items()}
 
 
@@ -82,7 +83,11 @@ def for_cpu(params: dict[str, Any], config: ZayaConfig, *, consume: bool = False
       config: the architecture.
       consume: takes the tree's leaves out of it, one layer at a time, so that memory holds one copy
         of the model and one layer: `params` is of no more use.
+
+    Raises:
+      ConfigError: the model is no ZAYA.
     """
+    config.check_is_zaya()
     tree = dict(params["params"])
     head = tree.get("lm_head", {})
     weight = tree["embed_tokens"]["weight"] if config.tie_word_embeddings else head["weight"]
@@ -101,7 +106,7 @@ def for_cpu(params: dict[str, Any], config: ZayaConfig, *, consume: bool = False
 def is_for_cpu(params: dict[str, Any]) -> bool:
     """Whether these came out of `for_cpu`."""
     layers = params["params"]["layers"]
-    return isinstance(layers, tuple) and "fused" in layers[0]["self_attn"]["qkv_proj"]
+    return isinstance(layers, tuple) and "fused" in layers[0]["self_attn"].get("qkv_proj", {})
 
 
 def _layer_for_cpu(layer: dict[str, Any], config: ZayaConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ A run on the CPU holds most while it reads prompts, or already at the end of loa
   head that it transposes beside the embedding (loading holds one layer twice, but not yet that
   head);
 - the decoding state of every row, its room rounded up to a power of two, and that of some rows more
-  (`SPARE_ROWS`);
+  (`SPARE_ROWS`), among several rows twice;
 - the temporaries of a layer that reads a chunk: attention scores of a block of queries, in float32
   before and after the softmax, and `STREAMS` float32 arrays of the residual stream's size;
 - `LOGITS` float32 arrays of the logits' size, for the sampler;
@@ -39,12 +39,13 @@ PEAK = "peak of a run on the CPU"
 
 MB = 1_000_000
 RUNTIME = 250 * MB
-PROGRAMS = 280 * MB
+PROGRAMS = 310 * MB
 STREAMS = 5
 LOGITS = 8
 # The empty state that a prompt begins with, and two copies while that is given its size; among
-# several rows also the prompt before, and what the allocator cannot use again at once.
-SPARE_ROWS, SPARE_ROWS_AMONG_SEVERAL = 3, 5
+# several rows also the prompt before, and what the allocator cannot use again at once. Measured;
+# there is then also a copy of all rows, while one of them is replaced.
+SPARE_ROWS, SPARE_ROWS_AMONG_SEVERAL = 3, 8
 
 
 def plan(config: ZayaConfig, context: int, batch: int, dtype: Any) -> dict[str, int]:
@@ -55,7 +56,11 @@ def plan(config: ZayaConfig, context: int, batch: int, dtype: Any) -> dict[str, 
       context: tokens of the longest row, prompt and answer.
       batch: rows decoded at once.
       dtype: of the parameters and the key/value cache.
+
+    Raises:
+      ConfigError: the model is no ZAYA.
     """
+    config.check_is_zaya()
     itemsize = np.dtype(dtype).itemsize
     layers, room, rows = config.num_hidden_layers, bucket(context, 64), bucket(batch)
     keys = config.num_key_value_heads * config.head_dim
@@ -65,7 +70,7 @@ def plan(config: ZayaConfig, context: int, batch: int, dtype: Any) -> dict[str, 
     total, _ = parameter_counts(config)
 
     held, loading = _held(config, dtype)
-    spare = SPARE_ROWS if rows == 1 else SPARE_ROWS_AMONG_SEVERAL
+    spare = SPARE_ROWS if rows == 1 else rows + SPARE_ROWS_AMONG_SEVERAL
     reading = held + (rows + spare) * state + _temporaries(config, room, rows)
     reading += PROGRAMS
     return {

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.norm import api as norm
-from zaya_jax.attention import Attention, Tokens
+from zaya_jax.attention import Attention, GroupedQueryAttention, Tokens
 from zaya_jax.config import SLIDING, ZayaConfig
 from zaya_jax.errors import InputError
 from zaya_jax.layers import (
@@ -25,7 +25,14 @@ from zaya_jax.layers import (
     rotary_table,
 )
 from zaya_jax.moe import BALANCING, MoE
-from zaya_jax.parallel import by_rows
+from zaya_jax.parallel import (
+    by_rows,
+    context_size,
+    gather_sequence,
+    gathered,
+    own_start,
+    rematerialized,
+)
 from zaya_jax.state import DecodeState, LayerState
 
 Params = dict[str, Any]
@@ -42,19 +49,21 @@ class Output(NamedTuple):
 
 class Layer(nn.Module):
     """One ZAYA layer: CCA attention, then mixture of experts, each joined to the stream by residual
-    scaling."""
+    scaling; or plain forms of these (`ZayaConfig`)."""
 
     config: ZayaConfig
     first: bool = False
 
     def setup(self) -> None:
         size = self.config.hidden_size
+        plain = self.config.attention == "gqa"
         self.input_layernorm = Scale(size)
-        self.self_attn = Attention(self.config)
-        self.post_attention_residual_scale = ResidualScaling(size)
+        self.self_attn = GroupedQueryAttention(self.config) if plain else Attention(self.config)
         self.post_attention_layernorm = Scale(size)
         self.mlp = MoE(self.config, self.first)
-        self.post_mlp_residual_scale = ResidualScaling(size)
+        if self.config.residual_scaling:
+            self.post_attention_residual_scale = ResidualScaling(size)
+            self.post_mlp_residual_scale = ResidualScaling(size)
 
     def __call__(
         self,
@@ -65,16 +74,20 @@ class Layer(nn.Module):
         window: int | jax.Array | None = None,
         state: LayerState | None = None,
         forced: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array, LayerState | None, jax.Array]:
-        eps = self.config.rms_norm_eps
+    ) -> tuple[jax.Array, jax.Array | None, LayerState | None, jax.Array]:
+        eps, scaling = self.config.rms_norm_eps, self.config.residual_scaling
         x = norm.rms_norm(h, self.input_layernorm(), eps)
         a, state = self.self_attn(x, tokens, rotary, window, state)
-        kernels = self.config.kernels
-        join = partial(norm.scale_residual_and_norm, eps=eps, implementation=kernels)
-        vectors = *self.post_attention_residual_scale(), self.post_attention_layernorm()
-        h, x = by_rows(lambda rows, shared: join(*rows, *shared), (a, h), vectors, kernels)
+        if scaling:
+            kernels = self.config.kernels
+            join = partial(norm.scale_residual_and_norm, eps=eps, implementation=kernels)
+            vectors = *self.post_attention_residual_scale(), self.post_attention_layernorm()
+            h, x = by_rows(lambda rows, shared: join(*rows, *shared), (a, h), vectors, kernels)
+        else:
+            h = h + a
+            x = norm.rms_norm(h, self.post_attention_layernorm(), eps)
         m, router_state, experts = self.mlp(x, router_state, tokens.valid, forced)
-        h = norm.scale_residual(m, h, *self.post_mlp_residual_scale())
+        h = norm.scale_residual(m, h, *self.post_mlp_residual_scale()) if scaling else h + m
         return h, router_state, state, experts
 
 
@@ -86,10 +99,11 @@ class Ends(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embed_tokens = Weight((c.vocab_size, c.hidden_size))
-        scale, bias = nn.initializers.ones, nn.initializers.zeros
-        size = (c.hidden_size,)
-        self.input_hidden_states_scale = self.param("input_hidden_states_scale", scale, size)
-        self.input_hidden_states_bias = self.param("input_hidden_states_bias", bias, size)
+        if c.residual_scaling:
+            scale, bias = nn.initializers.ones, nn.initializers.zeros
+            size = (c.hidden_size,)
+            self.input_hidden_states_scale = self.param("input_hidden_states_scale", scale, size)
+            self.input_hidden_states_bias = self.param("input_hidden_states_bias", bias, size)
         self.norm = Scale(c.hidden_size)
         self.lm_head = Head(c)
 
@@ -98,6 +112,8 @@ class Ends(nn.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         h = self.embed_tokens()[tokens].astype(jnp.float32)
+        if not self.config.residual_scaling:
+            return h
         h = h + self.input_hidden_states_bias.astype(jnp.float32)
         return h * self.input_hidden_states_scale.astype(jnp.float32)
 
@@ -173,7 +189,9 @@ def parameter_counts(config: ZayaConfig) -> tuple[int, int]:
 
 
 def init_state(params: Params, config: ZayaConfig, batch: int, capacity: int) -> DecodeState:
-    """The state before a first token, with room for `capacity` tokens in each of `batch` rows."""
+    """The state before a first token, with room for `capacity` tokens in each of `batch` rows.
+    Raises `ConfigError` where the model is no ZAYA."""
+    config.check_is_zaya()
     layers: list[Any] = [
         Attention(config).apply(
             {"params": layer["self_attn"]}, batch, capacity, method="initial_state"
@@ -204,7 +222,7 @@ def forward(
       tokens: int32 [B, S].
       segment_ids: int32 [B, S] of packed rows: 0 is padding, other ids contiguous runs, not reused
         in a row. Every segment behaves as if it ran alone. Exclusive with `state` and
-        `new_lengths`.
+        `new_lengths`; needed where devices share rows (inside a `shard_map` over context).
       positions: int32 [B, S] for the rotary embedding; by default those of the row or segment.
       new_lengths: int32 [B], real tokens of this call in each right-padded row; 0 leaves a row's
         state untouched.
@@ -214,12 +232,17 @@ def forward(
 
     Raises:
       InputError: `segment_ids` beside `state` or `new_lengths`.
+      ConfigError: `state` where the model is no ZAYA.
 
     Returns:
       `Output`. Logits are `head(params, config, hidden)` of the positions that need them.
     """
     if segment_ids is not None and (state is not None or new_lengths is not None):
         raise InputError("segment_ids cannot be combined with state or new_lengths")
+    if state is not None:
+        config.check_is_zaya()
+    if segment_ids is None and context_size() > 1:
+        raise InputError("a sequence that is spread over devices needs segment_ids")
     lengths = None if state is None else state.lengths
     where = place_tokens(tokens, segment_ids, new_lengths, lengths)
     if positions is None:
@@ -256,11 +279,14 @@ def place_tokens(
     batch, length = tokens.shape
     offsets = jnp.zeros(batch, jnp.int32) if lengths is None else lengths
     if segment_ids is not None:
-        index = jnp.arange(length)
-        before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
-        begins = (segment_ids != before) | (index == 0)
+        start = own_start(length)
+        row = gather_sequence(segment_ids, axis=1)
+        index = jnp.arange(row.shape[1])
+        before = jnp.pad(row[:, :-1], ((0, 0), (1, 0)))
+        begins = (row != before) | (index == 0)
         age = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
-        return Tokens(segment_ids != 0, offsets, jnp.full(batch, length), segment_ids, age)
+        age = jax.lax.dynamic_slice_in_dim(age, start, length, axis=1)
+        return Tokens(segment_ids != 0, offsets + start, jnp.full(batch, length), row, age)
     if new_lengths is None:
         new_lengths = jnp.full(batch, length, jnp.int32)
     valid = jnp.arange(length) < new_lengths[:, None]
@@ -300,7 +326,7 @@ def apply_layer(
     rotary: tuple[jax.Array, jax.Array],
     state: LayerState | None,
     forced: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, LayerState | None, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None, LayerState | None, jax.Array]:
     """One layer of an unstacked tree, of attention type `kind`.
 
     Takes what `layer_params` gives, the stream [B, S, D] and the router state [B, S, R]; returns
@@ -354,7 +380,7 @@ def _scan_layers(params, config, h, where, rotary, state, forced):
             table = jax.tree.map(pick, rotary[SLIDING], rotary[kinds[1 - kinds.index(SLIDING)]])
             window = jnp.where(kind, config.sliding_window, jnp.iinfo(jnp.int32).max)
         out: Any = Layer(config).apply(
-            variables, h, router_state, where, table, window, layer_state, layer_forced
+            gathered(variables), h, router_state, where, table, window, layer_state, layer_forced
         )
         h, router_state, layer_state, experts = out
         return (h, router_state), (layer_state, experts)
@@ -365,7 +391,9 @@ def _scan_layers(params, config, h, where, rotary, state, forced):
     forced = None if forced is None else jnp.moveaxis(forced, -1, 0)
     router_state = jnp.zeros((*h.shape[:-1], config.router_hidden_size))
     (h, _), (layers, experts) = jax.lax.scan(
-        step, (h, router_state), (variables, sliding, layers, forced)
+        rematerialized(step, config.remat, variables),
+        (h, router_state),
+        (variables, sliding, layers, forced),
     )
     return h, None if state is None else _unstacked(layers), jnp.moveaxis(experts, 0, -1)
 

@@ -65,9 +65,7 @@ class Router(nn.Module):
         depth_scale = None
         if not self.first:
             depth_scale = self.param("router_states_scale", nn.initializers.ones, (width,))
-        biases = self.variable(
-            BALANCING, "balancing_biases", lambda: jnp.zeros((classes,)).at[-1].set(-1.0)
-        )
+        biases = balancing_biases(self, classes)
         weights = RouterMLP(self.config, name="router_mlp")(depth_scale)
         c = self.config
 
@@ -78,8 +76,32 @@ class Router(nn.Module):
                 states, previous, weights, biases, c.rms_norm_eps, forced, implementation=c.kernels
             )
 
-        rows, shared = (states, previous, forced), (weights, biases.value)
+        rows, shared = (states, previous, forced), (weights, biases)
         return by_rows(route, rows, shared, c.kernels)
+
+
+class LinearRouter(nn.Module):
+    """A plain router, to compare with: one matrix. It hands on the state that it was given."""
+
+    config: ZayaConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, previous: jax.Array | None, forced: jax.Array | None
+    ) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+        classes = self.config.num_experts + 1
+        (weight,) = Affine(classes, x.shape[-1], use_bias=False, name="out_proj")()
+        scores = linear(x, weight.astype(jnp.float32))
+        return previous, *router.choose(scores, balancing_biases(self, classes), forced)
+
+
+def balancing_biases(module: nn.Module, classes: int) -> jax.Array:
+    """Float32 [classes] of a router, in a collection of their own; new ones let no token skip."""
+    biases = module.variable(
+        BALANCING, "balancing_biases", lambda: jnp.zeros((classes,)).at[-1].set(-1.0)
+    )
+    value: jax.Array = biases.value
+    return value
 
 
 class Experts(nn.Module):
@@ -112,7 +134,8 @@ class MoE(nn.Module):
     first: bool
 
     def setup(self) -> None:
-        self.gate = Router(self.config, self.first)
+        plain = self.config.router == "linear"
+        self.gate = LinearRouter(self.config) if plain else Router(self.config, self.first)
         self.experts = Experts(self.config)
 
     def __call__(
@@ -121,7 +144,7 @@ class MoE(nn.Module):
         previous: jax.Array | None,
         valid: jax.Array,
         forced: jax.Array | None,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
         states, expert, weight = self.gate(x, previous, forced)
         expert = jnp.where(valid, expert, router.FREE)  # padding goes through no expert
         out = self.experts(x, expert, weight)

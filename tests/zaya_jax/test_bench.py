@@ -6,25 +6,15 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import BENCH as TINY
 
 from convert.synthetic import write_synthetic
-from zaya_jax import CheckpointError, ZayaConfig, ZayaError
+from zaya_jax import CheckpointError, ZayaError
 from zaya_jax.benchmark import processes
 from zaya_jax.benchmark.comparison import LIMIT, Measurement, compare, fastest
 from zaya_jax.benchmark.processes import checkpoint, run, run_ours
 from zaya_jax.cli import bench
 from zaya_jax.cli.main import main
-
-TINY = ZayaConfig(
-    vocab_size=512,
-    hidden_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    head_dim=16,
-    num_experts=8,
-    moe_intermediate_size=48,
-    router_hidden_size=48,
-)
 
 
 def speed(case, tokens_per_second, variant="zaya-jax", **values):

@@ -111,3 +111,13 @@ def test_bad_values_are_named(values, message):
 def test_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(ConfigError, match="unknown preset 'big': one of zaya1_8b,"):
         ZayaConfig.preset("big")
+
+
+def test_how_to_compute_is_in_no_checkpoint():
+    config = dataclasses.replace(ZayaConfig.preset("nano"), kernels="pallas", remat="full")
+    assert ZayaConfig.from_hf(config.to_hf()) == ZayaConfig.preset("nano")
+    for field in ("kernels", "remat"):
+        with pytest.raises(ConfigError, match=f"unknown field '{field}'"):
+            ZayaConfig.from_hf({field: "full"})
+        with pytest.raises(ConfigError, match=f"{field} has the wrong type: 'some'"):
+            ZayaConfig(**{field: "some"})

@@ -2,14 +2,38 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from zaya_jax.evaluation.families import Problem, best_constant_accuracy
 from zaya_jax.generation.rows import Generation
-from zaya_jax.zaya import Zaya
+from zaya_jax.zaya import Prompt, Zaya
 
 BATCH = 128
-MAX_NEW_TOKENS = 192  # longer than any worked solution
+MAX_NEW_TOKENS = 320  # longer than any worked solution
+
+
+class Form(NamedTuple):
+    """How a question is put to a model, and its answer read from what it generates."""
+
+    prompt: Callable[[str], Prompt]
+    answer: Callable[[Generation], str]
+
+
+def text_question(question: str) -> str:
+    """How texts of a question, steps and "Answer: ..." begin."""
+    return f"{question.strip()}\n\n"
+
+
+CHAT = Form(
+    prompt=lambda question: [{"role": "user", "content": question}],
+    answer=lambda generation: generation.answer.text,
+)
+# For a model that has seen no chats yet.
+TEXT = Form(
+    prompt=lambda question: f"<bos>{text_question(question)}",
+    answer=lambda generation: (generation.text or "").rpartition("Answer: ")[2].strip(),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,33 +55,31 @@ class FamilyResult:
     seconds: float
 
 
-def evaluate(model: Zaya, problems: Sequence[Problem]) -> list[FamilyResult]:
+def evaluate(model: Zaya, problems: Sequence[Problem], form: Form = CHAT) -> list[FamilyResult]:
     """Answers every problem greedily; one result for each family, in the order of appearance."""
     families = dict.fromkeys(problem.family for problem in problems)
     return [
-        _evaluate_family(model, [problem for problem in problems if problem.family == family])
+        _evaluate_family(model, [p for p in problems if p.family == family], form)
         for family in families
     ]
 
 
-def answer_all(model: Zaya, problems: Sequence[Problem]) -> list[Generation]:
-    """Greedy generations, one per problem; `generation.answer.text` is the answer."""
-    generations = []
-    for start in range(0, len(problems), BATCH):
-        prompts = [
-            [{"role": "user", "content": problem.question}]
-            for problem in problems[start : start + BATCH]
-        ]
-        generations += model.generate(prompts, max_new_tokens=MAX_NEW_TOKENS, temperature=0)
-    return generations
+def answer_all(model: Zaya, problems: Sequence[Problem], form: Form = CHAT) -> list[Generation]:
+    """Greedy generations, one per problem; `form.answer` reads an answer from each."""
+    return model.generate(
+        [form.prompt(problem.question) for problem in problems],
+        max_new_tokens=MAX_NEW_TOKENS,
+        temperature=0,
+        batch_size=min(BATCH, len(problems)),
+    )
 
 
-def _evaluate_family(model: Zaya, problems: Sequence[Problem]) -> FamilyResult:
+def _evaluate_family(model: Zaya, problems: Sequence[Problem], form: Form) -> FamilyResult:
     begin = time.perf_counter()
-    generations = answer_all(model, problems)
+    generations = answer_all(model, problems, form)
     seconds = time.perf_counter() - begin
     correct = [
-        problem.score(generation.answer.text) == 1.0
+        problem.score(form.answer(generation)) == 1.0
         for problem, generation in zip(problems, generations, strict=True)
     ]
     return FamilyResult(

@@ -26,7 +26,7 @@ class Family:
     """A reasoning-gym dataset with the settings that make it a nano model's size."""
 
     dataset: str
-    settings: dict[str, int]
+    settings: dict[str, int | tuple[str, ...]]
 
 
 FAMILIES = {
@@ -38,6 +38,21 @@ FAMILIES = {
     "products": Family("products", {"min_digits": 2, "max_digits": 2}),
     "gcd": Family("gcd", {"min_value": 2, "max_value": 299}),
     "base_conversion": Family("base_conversion", {"max_base": 9, "min_value": 1, "max_value": 255}),
+    "letter_counting": Family("letter_counting", {"min_words": 4, "max_words": 8}),
+    "leg_counting": Family(
+        "leg_counting", {"min_animals": 2, "max_animals": 3, "max_instances": 9}
+    ),
+    "fraction_simplification": Family(
+        "fraction_simplification",
+        {"max_value": 49, "min_factor": 2, "max_factor": 9, "styles": ("plain",)},
+    ),
+}
+
+# Trained on for their length, and not reported.
+PRACTICE = {
+    "many_term_sum": Family(
+        "chain_sum", {"min_terms": 5, "max_terms": 40, "min_digits": 2, "max_digits": 3}
+    ),
 }
 
 
@@ -87,8 +102,9 @@ def is_held_out(question: str) -> bool:
 
 
 def fingerprint(question: str) -> str:
-    """A hash of a question's words and numbers in any order, signs left out: 38 * 47 is 47 * 38."""
-    words = sorted(re.findall(r"\w+", question))
+    """A hash of a question's words and numbers in any order, signs and capitals left out: 38 * 47
+    is 47 * 38."""
+    words = sorted(re.findall(r"\w+", question.lower()))
     return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
 
@@ -117,18 +133,22 @@ def _reserved(family: str) -> tuple[Problem, ...]:
 
 @cache
 def _held_out_fingerprints() -> frozenset[str]:
-    return frozenset(fingerprint(p.question) for family in FAMILIES for p in _reserved(family))
+    return frozenset(
+        fingerprint(problem.question)
+        for family in FAMILIES | PRACTICE
+        for problem in _reserved(family)
+    )
 
 
 @cache
 def _dataset(family: str, seed: int) -> Any:
-    if family not in FAMILIES:
-        raise InputError(f"unknown problem family {family!r}: one of {', '.join(FAMILIES)}")
+    if family not in (known := FAMILIES | PRACTICE):
+        raise InputError(f"unknown problem family {family!r}: one of {', '.join(known)}")
     try:
         import reasoning_gym
     except ImportError:
         raise ZayaError(
             "the problems need reasoning-gym: pip install zaya-jax[evaluation]"
         ) from None
-    kind = FAMILIES[family]
+    kind = known[family]
     return reasoning_gym.create_dataset(kind.dataset, seed=seed, size=SEED_STRIDE, **kind.settings)

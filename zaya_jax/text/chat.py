@@ -110,8 +110,11 @@ class ChatTemplate:
         )
         environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         environment.filters["tojson"] = _tojson
-        self._tokens = tokens
-        self._template = environment.from_string(CHATML if source is None else source)
+        self.source, self.tokens = CHATML if source is None else source, dict(tokens)
+        self._template = environment.from_string(self.source)
+
+    def __reduce__(self):
+        return ChatTemplate, (self.source, self.tokens)  # a compiled one goes to no process
 
     def render(
         self,
@@ -119,6 +122,7 @@ class ChatTemplate:
         *,
         enable_thinking: bool = True,
         tools: Sequence[dict[str, Any]] = (),
+        add_generation_prompt: bool = True,
         **values: Any,
     ) -> str:
         """The prompt up to where the assistant's answer begins.
@@ -129,6 +133,8 @@ class ChatTemplate:
             {"name", "arguments"}; arguments are an object, or one in JSON.
           enable_thinking: False pre-fills an empty reasoning block.
           tools: the functions on offer, in OpenAI's form or bare {"name", "parameters"}.
+          add_generation_prompt: False leaves the conversation as it is, without the beginning of
+            an answer.
           **values: further variables of the template.
 
         Raises:
@@ -141,10 +147,10 @@ class ChatTemplate:
         try:
             return self._template.render(
                 messages=checked,
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
                 enable_thinking=enable_thinking,
                 tools=functions or None,
-                **self._tokens,
+                **self.tokens,
                 **values,
             )
         except Exception as error:  # a template is a program, and fails in as many ways

@@ -1,5 +1,7 @@
 """A checkpoint's own tokenizer and chat template."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ import tokenizers
 from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
 
-from convert.folder import read_carried
+from convert.folder import beside, read_carried
 from convert.safetensors_read import read_json
 from zaya_jax.config import ZayaConfig
 from zaya_jax.errors import CheckpointError, InputError
@@ -17,19 +19,28 @@ from zaya_jax.text.chat import ChatTemplate
 TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
 SETTINGS = "tokenizer_config.json"
+END_OF_TURN = "<|im_end|>"
 
 
 class Tokenizer:
     """Text to token ids and back. No special token is ever added: a rendered prompt has its own."""
 
-    def __init__(self, core: tokenizers.Tokenizer, template: ChatTemplate, files: dict[str, bytes]):
+    def __init__(
+        self,
+        core: tokenizers.Tokenizer,
+        template: ChatTemplate,
+        files: dict[str, bytes],
+        end_tokens: Sequence[str] = (END_OF_TURN,),
+    ):
         self._core = core
         self.template = template
         self.files = files  # that it was read from, by name
+        self.end_tokens = tuple(end_tokens)  # that may end a turn, as text
 
     @classmethod
     def from_folder(cls, folder: Path, config: ZayaConfig) -> "Tokenizer | None":
         """The tokenizer of a checkpoint folder, or None where it has none."""
+        folder = beside(folder)
         file = folder / TOKENIZER
         if not file.exists():
             return None
@@ -50,13 +61,27 @@ class Tokenizer:
             "pad_token": config.pad_token_id,
         }
         tokens = {name: "" if i is None else core.id_to_token(i) or "" for name, i in ids.items()}
-        return cls(core, _template(folder, files, tokens), files)
+        ends = [text for i in config.eos_token_ids if (text := core.id_to_token(i))]
+        return cls(core, _template(folder, files, tokens), files, ends)
 
     def encode(self, text: str) -> list[int]:
         try:
             return self._core.encode(text, add_special_tokens=False).ids
         except TypeError:  # what the library says of a lone surrogate
             raise InputError("the prompt is no valid Unicode text") from None
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Tokens, and where each one's text ends, in characters. Of the tokens that make up one
+        character together, each ends where it does."""
+        encoding = self._core.encode(text, add_special_tokens=False)
+        return encoding.ids, [end for _, end in encoding.offsets]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that the tokens of a text or conversation depend on."""
+        core = self.files.get(TOKENIZER) or self._core.to_str().encode()
+        rest = json.dumps([self.template.source, self.template.tokens, self.end_tokens])
+        return hashlib.sha256(hashlib.sha256(core).digest() + rest.encode()).hexdigest()
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._core.decode(list(tokens), skip_special_tokens=False)
