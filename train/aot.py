@@ -2,9 +2,9 @@
 
     python -m train.aot        # writes docs/programs.md
 
-A prompt, a decoding step, and the forward pass and gradient of a training step on eight GPUs. Fails
-on a dense product for a ragged one, a buffer of tokens by tokens, or more memory than a GPU has.
-Needs the compiler (`make rocm-aot` installs it apart). Nothing is run.
+A prompt, a decoding step, and the training step on clusters (`train.cluster`). Fails on a dense
+product for a ragged one, a buffer of tokens by tokens, or more memory than a GPU has. Needs the
+compiler (`make rocm-aot` installs it apart). Nothing is run.
 """
 
 import dataclasses
@@ -12,25 +12,21 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import tyro
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.cross_entropy.api import cross_entropy
 from pallas_kernels.rocm import hlo, roofline
 from pallas_kernels.rocm.compiler import Program, compile_for
-from pallas_kernels.rocm.toolchain import GPUS, devices
+from pallas_kernels.rocm.toolchain import GPUS
+from train import cluster
+from train.config import TrainConfig
+from train.flops import forward_flops
 from zaya_jax.config import ZayaConfig
-from zaya_jax.layouts import stack
-from zaya_jax.model import Params, forward, head, init, init_state, parameter_counts
-from zaya_jax.parallel import by_rows
-from zaya_jax.sharding import make_mesh, parameter_sharding
+from zaya_jax.model import Params, forward, head, init, init_state
 
 PAGE = Path(__file__).parent.parent / "docs" / "programs.md"
 TOKENS, ROWS, CONTEXT = 8192, 8, 32768
@@ -56,11 +52,10 @@ class Whole(NamedTuple):
 
 
 def programs(config: ZayaConfig) -> list[Whole]:
-    """Those of a model: generating goes through separate layers, whose weights are read and whose
+    """Those of a model that generate: through separate layers, whose weights are read and whose
     caches are written where they are; a scan over stacked ones, as in training, copies both."""
     params = jax.eval_shape(lambda: init(config, jax.random.key(0), jnp.bfloat16))
-    stacked = jax.eval_shape(partial(stack, config=config), params)
-    return [_prefill(params, config), _decoding(params, config), _training(stacked, config)]
+    return [_prefill(params, config), _decoding(params, config)]
 
 
 def _state(params: Params, config: ZayaConfig, rows: int) -> Any:
@@ -78,7 +73,7 @@ def _prefill(params: Params, config: ZayaConfig) -> Whole:
         return head(params, config, last), out.state, out.experts
 
     args = params, _int32(1, TOKENS), _int32(1), _state(params, config, 1)
-    flops = _flops(config, TOKENS, 1, TOKENS * (TOKENS + 1) / 2)
+    flops = forward_flops(config, TOKENS, 1, TOKENS * (TOKENS + 1) / 2)
     return Whole(f"prompt of {TOKENS:,} tokens", run, args, (3,), flops)
 
 
@@ -89,80 +84,75 @@ def _decoding(params: Params, config: ZayaConfig) -> Whole:
 
     args = params, _int32(ROWS, 1), _state(params, config, ROWS)
     name = f"decoding step of {ROWS} rows, {CONTEXT:,} tokens of context"
-    return Whole(name, run, args, (2,), _flops(config, ROWS, ROWS, ROWS * CONTEXT))
-
-
-def _training(params: Params, config: ZayaConfig) -> Whole:
-    """Packed rows, one for each of two shards of data, experts spread over four GPUs each."""
-    mesh = make_mesh(2, 4, devices=devices(8))
-    rows = NamedSharding(mesh, P("data"))
-
-    def placed(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = parameter_sharding(name, mesh).spec
-        stacked = P(None, *spec) if "/layers/" in name and spec else spec
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, stacked))
-
-    def run(params: Params, tokens: jax.Array, targets: jax.Array, ids: jax.Array) -> Any:
-        def loss(weights: Any) -> jax.Array:
-            out = forward({**params, "params": weights}, config, tokens, segment_ids=ids)
-            embedding = weights["embed_tokens"]["weight"]
-            flat = out.hidden.reshape(-1, config.hidden_size), targets.reshape(-1)
-
-            def score(rows: Any, weight: jax.Array) -> Any:
-                return cross_entropy(rows[0], weight, rows[1], implementation=config.kernels)
-
-            found = by_rows(score, flat, embedding, config.kernels)
-            return -jnp.mean(found.log_probability)
-
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return jax.value_and_grad(loss)(params["params"])
-
-    tokens = jax.ShapeDtypeStruct((2, TOKENS), jnp.int32, sharding=rows)
-    args = jax.tree_util.tree_map_with_path(placed, params), tokens, tokens, tokens
-    flops = 3 * _flops(config, 2 * TOKENS, 2 * TOKENS, TOKENS * (TOKENS + 1)) / mesh.size
-    return Whole("forward pass and gradient, 2 x 4 GPUs", run, args, flops=flops)
-
-
-def _flops(config: ZayaConfig, tokens: int, logits: int, pairs: float) -> float:
-    """Of a forward pass: the parameters that tokens use, logits of some of them, and attention of
-    pairs of query and key."""
-    _, used = parameter_counts(config)
-    head = config.vocab_size * config.hidden_size
-    attention = 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    return 2 * (used * tokens + head * logits + attention * pairs)
+    return Whole(name, run, args, (2,), forward_flops(config, ROWS, ROWS, ROWS * CONTEXT))
 
 
 def examine(whole: Whole, by_xla: Whole) -> tuple[dict[str, str], list[str]]:
     """What is to be said of a program, beside the one that XLA makes without our kernels: a row of
     the table, and what is wrong with it."""
-    begin = time.perf_counter()
+    begin = time.process_time()
     program = compile_for(whole.function, *whole.args, donate_argnums=whole.donated)
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     alone = compile_for(by_xla.function, *by_xla.args, donate_argnums=by_xla.donated)
     text = hlo.Program(program.text)
-    moved, moved_alone = text.moved(), hlo.Program(alone.text).moved()
-    bound, waits = roofline.bound(moved, whole.flops, roofline.MEASURED_BANDWIDTH)
-    collectives = ", ".join(f"{n} {name}" for name, n in text.collectives().items()) or "none"
+    moved_alone = hlo.Program(alone.text).moved()
     row = {
         "program": whole.name,
+        **_measured(program, text, whole.flops, seconds),
+        "temporary without": f"{alone.temporary / 1e9:.2f}",
+        "of XLA's": f"{text.moved() / moved_alone:.2f}",
+    }
+    return row, _named(whole.name, problems_of(program, text, (TOKENS, TOKENS)))
+
+
+class Examined(NamedTuple):
+    """Of a training step: rows of the tables of docs/programs.md, and what is wrong with it."""
+
+    program: dict[str, str]
+    exchanged: list[dict[str, str]]
+    paper: dict[str, str]
+    problems: list[str]
+
+
+def examine_training(config: TrainConfig) -> Examined:
+    """What is to be said of a training step on a cluster."""
+    source = cluster.training(config)
+    begin = time.process_time()
+    program = compile_for(source.function, *source.args)
+    seconds = time.process_time() - begin
+    text = hlo.Program(program.text)
+    collectives, context = text.collectives(), config.context
+    row = {"program": source.name, **_measured(program, text, source.flops, seconds)}
+    return Examined(
+        row,
+        cluster.exchanged(source.name, collectives),
+        cluster.on_paper(source, text.moved(), collectives),
+        _named(source.name, problems_of(program, text, (context // config.mesh.context, context))),
+    )
+
+
+def _measured(program: Program, text: hlo.Program, flops: float, seconds: float) -> dict[str, str]:
+    bound, waits = roofline.bound(text.moved(), flops, roofline.MEASURED_BANDWIDTH)
+    return {
         "arguments": f"{program.arguments / 1e9:.1f}",
-        "temporary": f"{program.temporary / 1e9:.2f}, {alone.temporary / 1e9:.2f}",
-        "moved": f"{moved / 1e9:,.1f}",
-        "of XLA's": f"{moved / moved_alone:.2f}",
-        "TFLOP": f"{whole.flops / 1e12:.2f}",
+        "temporary": f"{program.temporary / 1e9:.2f}",
+        "moved": f"{text.moved() / 1e9:,.1f}",
+        "TFLOP": f"{flops / 1e12:.2f}",
         "bound": f"{bound * 1e3:,.1f} ms, {waits}",
-        "collectives": collectives,
         "dense ragged": str(text.ragged_dots()),
         "float32 products": str(len(text.float32_products())),
-        "compiled in": f"{seconds:.0f} s",
+        "compiled in, CPU s": f"{seconds:.0f}",
     }
-    return row, [f"{whole.name}: {problem}" for problem in problems_of(program, text)]
 
 
-def problems_of(program: Program, text: hlo.Program) -> list[str]:
-    """What must not be in a program."""
-    problems = [f"a buffer {shapes}" for shapes in {str(i.shapes) for i in text.squares(TOKENS)}]
+def _named(name: str, problems: list[str]) -> list[str]:
+    print(f"{name}: {'; '.join(problems) or 'sound'}", flush=True)
+    return [f"{name}: {problem}" for problem in problems]
+
+
+def problems_of(program: Program, text: hlo.Program, square: tuple[int, int]) -> list[str]:
+    """What must not be in a program; `square` are the queries and keys of a row on one device."""
+    problems = [f"a buffer {shapes}" for shapes in {str(i.shapes) for i in text.squares(*square)}]
     if ragged := text.ragged_dots():
         problems.append(f"{ragged} ragged products as dense ones")
     if program.memory > GPU.memory:
@@ -175,7 +165,8 @@ _HEAD = """# Programs of the 8B model, compiled for the MI300X
 Written by `make rocm-aot` (`python -m train.aot`). Compiled by XLA's compiler for ROCm on a machine
 without a GPU; **nothing has run on one**. Of each device:
 
-- *arguments* and *temporary* are GB of memory, the latter also without our kernels;
+- *arguments* and *temporary* are GB of memory, and *temporary without* the latter without our
+  kernels;
 - *moved* are GB that all kernels read and write, and *of XLA's* that divided by the same without
   our kernels (experts then through the library's grouped products); an operand counts as a whole,
   also where a kernel takes a part of it, as attention does of the cache, and decoding of experts;
@@ -184,6 +175,8 @@ without a GPU; **nothing has run on one**. Of each device:
 - *dense ragged* are products of ragged groups that XLA computes as dense, masked ones; *float32
   products* those where nobody asked for float32's precision (as the router does), left to XF32.
 
+## Generating
+
 """
 
 
@@ -191,14 +184,23 @@ def main() -> None:
     """Compiles all of them, and writes the page."""
     config = ZayaConfig.preset("zaya1_8b")
     xla = dataclasses.replace(config, kernels="xla")
-    rows, problems = [], []
-    for whole, by_xla in zip(programs(config), programs(xla), strict=True):
-        row, wrong = examine(whole, by_xla)
-        print(f"{whole.name}: {'; '.join(wrong) or 'sound'}", flush=True)
-        rows.append(row)
-        problems += wrong
-    table = roofline.table({name: itemgetter(name) for name in rows[0]}, rows)
-    PAGE.write_text(_HEAD + table + "".join(f"\n- {problem}" for problem in problems))
+    generating = [
+        examine(whole, by_xla)
+        for whole, by_xla in zip(programs(config), programs(xla), strict=True)
+    ]
+    steps = [examine_training(config) for config in cluster.eight_b()]
+    wrong = [*(found for _, found in generating), *(step.problems for step in steps)]
+    problems = [problem for found in wrong for problem in found]
+    PAGE.write_text(
+        _HEAD
+        + roofline.plain_table([row for row, _ in generating])
+        + cluster.page(
+            [step.program for step in steps],
+            [row for step in steps for row in step.exchanged],
+            [step.paper for step in steps],
+        )
+        + "".join(f"\n- {problem}" for problem in problems)
+    )
     sys.exit(bool(problems))
 
 

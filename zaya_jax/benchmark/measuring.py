@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from zaya_jax.memory import peak_memory
+
 
 def measure(case: str, tokens: int, run: Callable[[], float], repeats: int) -> None:
     """Reports a case's speed.
@@ -33,6 +35,35 @@ def measure(case: str, tokens: int, run: Callable[[], float], repeats: int) -> N
         seconds=round(statistics.median(times), 4),
         other_processes=round(others, 2),
         warm_up=round(warm_up, 2),
+    )
+
+
+def measure_steps(
+    variant: str, tokens: int, step: Callable[[], tuple[float, float]], steps: int
+) -> None:
+    """Reports the speed of training.
+
+    Args:
+      variant: its name.
+      tokens: of one step.
+      step: takes one and returns its seconds and loss. The first one is not among those
+        that count.
+      steps: that count.
+    """
+    warm_up, loss = step()
+    before, begin = _busy_elsewhere(), time.perf_counter()
+    times, losses = zip(*(step() for _ in range(steps)), strict=True)
+    others = (_busy_elsewhere() - before) / (time.perf_counter() - begin)
+    report(
+        variant=variant,
+        case="training",
+        tokens_per_second=round(tokens / statistics.median(times), 2),
+        best=round(tokens / min(times), 2),
+        seconds=round(statistics.median(times), 4),
+        other_processes=round(others, 2),
+        warm_up=round(warm_up, 2),
+        losses=[loss, *losses],
+        peak_rss=peak_memory(),
     )
 
 

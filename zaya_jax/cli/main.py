@@ -1,5 +1,6 @@
 """`zaya`: the command line. Errors are one line on stderr and exit code 2."""
 
+import signal
 import sys
 from typing import Annotated
 
@@ -9,11 +10,14 @@ from pallas_kernels import selection
 from zaya_jax.cli.bench import Bench
 from zaya_jax.cli.chat import Chat
 from zaya_jax.cli.convert import Convert
+from zaya_jax.cli.data import Data
 from zaya_jax.cli.demo import Demo
 from zaya_jax.cli.doctor import Doctor
 from zaya_jax.cli.generate import Generate
 from zaya_jax.cli.info import Info
 from zaya_jax.cli.output import fail
+from zaya_jax.cli.plot import Plot
+from zaya_jax.cli.train import Train
 from zaya_jax.cli.verify import Verify
 from zaya_jax.errors import ZayaError
 
@@ -26,6 +30,9 @@ Command = (
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Plot, tyro.conf.subcommand("plot")]
+    | Annotated[Data, tyro.conf.subcommand("data")]
 )
 
 
@@ -47,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ZayaError as error:
         fail(str(error))
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more while Python shuts down
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output is gone
