@@ -121,9 +121,14 @@ def transposed_product(a: jax.Array, b: jax.Array) -> jax.Array:
     n] has too: the gradient of a weight, of T rows.
 
     XLA's CPU backend multiplies 16-bit numbers as such only where the first operand's last axis is
-    contracted: otherwise in float32, at a third of the speed.
+    contracted: otherwise in float32, at a third of the speed or less. So `a` has to be transposed,
+    or, where these are fewer numbers, `b` and the result.
     """
     if architecture() is None and a.dtype.itemsize == 2:
+        (rows, m), n = a.shape[-2:], b.shape[-1]
+        if rows * m > rows * n + m * n:
+            # Without the barrier, XLA would swap them back.
+            return jax.lax.optimization_barrier(transposed_product(b, a)).swapaxes(-1, -2)
         a, axis = _transposed(a), a.ndim - 1
     else:
         axis = a.ndim - 2

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.product import NARROW, SHORT, Streamed, product, streamed
+from pallas_kernels.product import NARROW, SHORT, Streamed, product, streamed, transposed_product
 
 FORMS = {"narrow": (1024, NARROW), "wide": (512, 2 * NARROW), "tall": (2 * SHORT, 128)}
 
@@ -81,3 +81,16 @@ def test_gradients_are_products_of_the_weights_dtype(dtype, form):
     products = [e for e in equations if e.primitive.name == "dot_general"]
     assert len(products) == 2
     assert all(str(v.aval.dtype) == dtype for e in products for v in e.invars)
+
+
+@pytest.mark.parametrize("m, n", [(32, 512), (512, 32), (512, 512)])
+def test_the_narrow_side_of_a_gradient_is_transposed(m, n):
+    """So that 16-bit numbers are multiplied along the last axis of the first operand."""
+    rng = np.random.default_rng(m)
+    a, b = (jnp.asarray(rng.standard_normal((2, 256, width)), jnp.bfloat16) for width in (m, n))
+    compiled = jax.jit(transposed_product).lower(a, b).compile()
+    wanted = np.einsum("bti,btj->bij", *(np.asarray(x, np.float64) for x in (a, b)))
+    error = np.abs(np.asarray(compiled(a, b), np.float64) - wanted).max()
+    assert error < np.abs(wanted).max() / 256
+    (dot,) = (line for line in compiled.as_text().splitlines() if " dot(" in line)
+    assert f"bf16[2,{min(m, n)},512]" in dot and "lhs_contracting_dims={2}" in dot
