@@ -3,7 +3,7 @@
     python -m train.speed [small medium] [--batch 4x256] [--steps 5] [--rounds 3] [--json FILE]
 
 Both sides train the same random model with balanced routing on the same tokens, with AdamW and
-float32 weights. Of transformers, every variant of `transformers_training` is measured once; then
+float32 weights. Of transformers, each of `VARIANTS` is measured once; then
 the fastest of them and ours take turns, each time in a process of its own, and the medians of those
 turns are compared. Both sides run with large pages (`ENVIRONMENT`), which make either of them
 faster.
@@ -28,6 +28,8 @@ from zaya_jax.errors import InputError, ZayaError
 PACKAGE = Path(zaya_jax.__file__).parent
 PYTHON = PACKAGE.parent / ".venv-oracle" / "bin" / "python"
 SCRIPT = PACKAGE / "benchmark" / "transformers_training.py"
+# Implementations of the experts, dtypes of products, and whether `torch.compile` has them. Not
+# batched_mm, which would copy an expert for each token.
 VARIANTS = tuple(
     experts + dtype + mode
     for experts, dtype, mode in itertools.product(
@@ -119,6 +121,9 @@ def main(
     """
     if min(steps, rounds, len(presets), len(variants)) < 1:
         raise InputError("steps, rounds, presets and variants must be at least one each")
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise InputError(f"{variant}: no variant; those are {', '.join(VARIANTS)}")
     check_reference(reference)
     with tempfile.TemporaryDirectory() as temporary:
         place = folder or Path(temporary)
@@ -147,13 +152,13 @@ def compare(
     Raises:
       ZayaError: a side fails, or they do not compute the same.
     """
-    arguments = [str(model), "--batch", batch, "--steps", str(steps)]
+    options = ["--batch", batch, "--steps", str(steps)]
 
     def theirs(variant: str) -> Result:
-        return _measure([str(reference), str(SCRIPT), *arguments, "--variants", variant])
+        return _measure([str(reference), str(SCRIPT), str(model), *options, variant])
 
     def ours() -> Result:
-        return _measure([sys.executable, "-m", "train.speed_ours", *arguments])
+        return _measure([sys.executable, "-m", "train.speed_ours", str(model), *options])
 
     tried = [theirs(variant) for variant in variants]
     speeds = [result for result in tried if "skipped" not in result]

@@ -76,3 +76,8 @@ def test_other_losses_and_no_variant_are_errors(monkeypatch):
     monkeypatch.setattr(speed, "_measure", lambda command: dict(skipped))
     with pytest.raises(ZayaError, match="no variant: ImportError: torch"):
         compare("small", Path("m"), "1x8", 1, 1, ("fast",), Path("p"))
+
+
+def test_variants_that_are_none_are_refused():
+    with pytest.raises(ZayaError, match=r"^eagre: no variant; those are grouped_mm"):
+        speed.main(variants=("eagre",))

@@ -1,20 +1,17 @@
 """Measures training steps of PyTorch's ZAYA (transformers) on a checkpoint.
 
-    python transformers_training.py CHECKPOINT [--batch 4x256] [--steps 3]
-        [--variants grouped_mm+bfloat16 ...]
+    python transformers_training.py CHECKPOINT grouped_mm+bfloat16 [--batch 4x256] [--steps 3]
 
 Runs in an environment with PyTorch and transformers, and imports nothing of ours. A step is
 forward, backward, clipping and AdamW ("fused", the fastest on the CPU) on float32 weights and
 always the same tokens. A variant is an implementation of the experts and the dtype of products,
 which for bfloat16 is autocast, with "+compile" under `torch.compile`; attention is "sdpa". Prints
-one JSON object a line: of each variant the median of its steps' seconds, the losses, and the
-process's peak of memory, which is that of the variant where it is the only one; or why it was
-skipped.
+a JSON object: the median of the steps' seconds, their losses, and the process's peak of memory; or
+why the variant was skipped.
 """
 
 import argparse
 import contextlib
-import itertools
 import statistics
 import time
 from pathlib import Path
@@ -24,19 +21,10 @@ import torch
 from transformers import ZayaForCausalLM
 from transformers_reference import busy_seconds, peak_rss, reason, report
 
-# Not batched_mm: it would copy an expert for each token.
-VARIANTS = [
-    experts + dtype + mode
-    for experts, dtype, mode in itertools.product(
-        ["grouped_mm", "eager"], ["+bfloat16", "+float32"], ["", "+compile"]
-    )
-]
-
 
 def trainer(model, name, ids, learning_rate):
     """A function that takes one step of that variant and returns its loss."""
     experts, dtype, *compiled = name.split("+")
-    torch.compiler.reset()
     model.set_experts_implementation(experts)
     model.set_attn_implementation("sdpa")
     optimizer = torch.optim.AdamW(
@@ -93,21 +81,19 @@ def measure(name, step, tokens, steps):
 def main():
     arguments = parse()
     rows, length = map(int, arguments.batch.split("x"))
-    for name in arguments.variants:
-        model = ZayaForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.float32).train()
-        tokens = np.random.default_rng(0).integers(3, model.config.vocab_size, (rows, length))
-        step = trainer(model, name, torch.from_numpy(tokens), arguments.learning_rate)
-        measure(name, step, rows * length, arguments.steps)
-        del model, step
+    model = ZayaForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.float32).train()
+    tokens = np.random.default_rng(0).integers(3, model.config.vocab_size, (rows, length))
+    step = trainer(model, arguments.variant, torch.from_numpy(tokens), arguments.learning_rate)
+    measure(arguments.variant, step, rows * length, arguments.steps)
 
 
 def parse():
     parser = argparse.ArgumentParser()
     parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("variant")
     parser.add_argument("--batch", default="4x256")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS, metavar="NAME")
     return parser.parse_args()
 
 
