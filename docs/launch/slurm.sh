@@ -17,17 +17,16 @@ export XLA_FLAGS="--xla_gpu_enable_triton_gemm=false --xla_gpu_enable_cublaslt=t
 
 # Two minutes before its time is up, Slurm tells this shell, which lets the run save and stop, and
 # puts the job back into the queue.
-trap 'out_of_time=yes; kill -TERM "$step"' TERM
+trap 'out_of_time=yes; kill -TERM "$!"' TERM
 srun zaya train pretrain --config zaya1_8b_base1 \
     --set tokenizer=/shared/tokenizer \
     --set 'data.sources=[{path="/shared/corpus/*.jsonl.gz"}]' \
     --set data.cache=/shared/token-cache \
     --out /shared/runs/base1 --distributed &
-step=$!
-wait "$step"  # until it ends, or the trap has run
+wait "$!"  # until it ends, or the trap has run
 code=$?
 if [ -n "$out_of_time" ]; then
-    wait "$step"
+    wait "$!"
     scontrol requeue "$SLURM_JOB_ID"
     code=0
 fi

@@ -16,7 +16,7 @@ from train import setup
 from train.config import load_config
 from train.metrics import FILE, read
 from train.run import train
-from train.setup import run_folder
+from train.setup import check_alike, run_folder
 from train.step import Health, _accept, _is_spike, fresh_health
 from zaya_jax.cli.main import main
 from zaya_jax.errors import ZayaError
@@ -189,3 +189,27 @@ def test_a_file_system_without_locks_is_trained_on(number, kept, tmp_path, monke
     monkeypatch.setattr(setup.fcntl, "flock", flock)
     with contextlib.nullcontext() if kept else pytest.raises(ZayaError), run_folder(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("other", ["nothing", "a setting", "the data"])
+def test_processes_must_have_the_same_configuration_and_data(other, monkeypatch):
+    """As two processes would see it, of which this is the second."""
+    config, data = load_config("pretrain", "tiny"), {"files": ["a.txt"]}
+    digests = []
+
+    def gather(own):
+        digests.append(own)
+        return np.stack([digests[0], own])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(setup.multihost_utils, "process_allgather", gather)
+    check_alike(config, data)
+    if other == "a setting":
+        config = dataclasses.replace(config, rows=2 * config.rows)
+    elif other == "the data":
+        data = {"files": ["b.txt"]}
+    refused = contextlib.nullcontext()
+    if other != "nothing":
+        refused = pytest.raises(ZayaError, match="different configurations or data")
+    with refused:
+        check_alike(config, data)

@@ -95,3 +95,12 @@ def test_a_folder_without_metrics_is_no_run(tmp_path, capsys):
         main(["plot", str(tmp_path / "nowhere")])
     assert ended.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_pictures_need_matplotlib(tmp_path, monkeypatch, capsys):
+    log(tmp_path, 1, loss=3)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit):
+        main(["plot", str(tmp_path)])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "pip install 'zaya-jax[train]'" in line and "matplotlib" in line
