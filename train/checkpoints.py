@@ -97,13 +97,14 @@ class Checkpoints:
 
     def newest_config(self) -> dict[str, Any] | None:
         """The configuration in the newest checkpoint that says one; None where there is none."""
-        for step in reversed(self.steps()):
-            try:
-                args = ocp.args.Composite(run=ocp.args.JsonRestore())
-                config: dict[str, Any] = self._manager.restore(step, args=args)["run"]["config"]
-                return config
-            except Exception:  # restoring will say what is wrong with it
-                continue
+        with self._reader() as reader:
+            for step in reversed(self.steps()):
+                try:
+                    args = ocp.args.Composite(run=ocp.args.JsonRestore())
+                    config: dict[str, Any] = reader.restore(step, args=args)["run"]["config"]
+                    return config
+                except Exception:  # restoring will say what is wrong with it
+                    continue
         return None
 
     def restore(self, like: TrainState) -> tuple[int, TrainState, Saved] | None:
@@ -121,38 +122,27 @@ class Checkpoints:
         """
         self.wait()
         damaged: list[int] = []
-        for step in reversed(self.steps()):
-            try:
-                found = self._restore(step, like)
-            except Exception as error:  # of a damaged file, Orbax and TensorStore raise anything
-                self._say(f"checkpoint {self.folder / str(step)} is damaged ({_line(error)})")
-                damaged.append(step)
-                continue
-            self._set_aside(damaged)
-            return step, *found
+        with self._reader() as reader:
+            for step in reversed(self.steps()):
+                try:
+                    found = _restored(reader, step, like)
+                except CheckpointError as error:
+                    self._say(f"checkpoint {self.folder / str(step)} is damaged ({error})")
+                    damaged.append(step)
+                    continue
+                self._set_aside(damaged)
+                return step, *found
         if damaged:
             raise CheckpointError(f"{self.folder}: every checkpoint is damaged")
         return None
 
-    def _restore(self, step: int, like: TrainState) -> tuple[TrainState, Saved]:
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                weights=ocp.args.StandardRestore(like.params),
-                training=ocp.args.StandardRestore(_without_params(like)),
-                run=ocp.args.JsonRestore(),
-            ),
-        )
-        state, run = TrainState(params=items["weights"], **items["training"]), items["run"]
-        if run.pop("sum") != _sum(run):
-            raise CheckpointError("what stands beside the arrays is not what was written")
-        paths, _ = jax.tree_util.tree_flatten_with_path(like)
-        found = np.asarray(checksums(state)).tolist()
-        for (path, _), was, now in zip(paths, run.pop("sums"), found, strict=True):
-            if was != now:
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise CheckpointError(f"array {name} has other contents than were written")
-        return state, Saved(**run)
+    def _reader(self) -> ocp.CheckpointManager:
+        """Reads without waiting for other processes: a file that is damaged may be read by one
+        process alone, which would leave the others waiting."""
+        own = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(own, {own}, f"reader-{own}")
+        options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone)
+        return ocp.CheckpointManager(self.folder, item_names=_ITEMS, options=options)
 
     def _set_aside(self, steps: list[int]) -> None:
         """Out of the way of the next checkpoints of these steps, but there to be looked at."""
@@ -163,6 +153,45 @@ class Checkpoints:
                 (self.folder / str(step)).rename(aside)
         multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._manager.reload()
+
+
+def _restored(
+    reader: ocp.CheckpointManager, step: int, like: TrainState
+) -> tuple[TrainState, Saved]:
+    """One checkpoint, on all processes; CheckpointError, on all of them too, if one of them cannot
+    read it, or if it has other contents than were written."""
+    problem = ""
+    try:
+        state, run = _read(reader, step, like)
+    except Exception as error:  # of a damaged file, Orbax and TensorStore raise anything
+        problem = _line(error)
+    if multihost_utils.process_allgather(np.bool_(bool(problem))).any():
+        raise CheckpointError(problem or "another process cannot read it")
+    paths, _ = jax.tree_util.tree_flatten_with_path(like)
+    found = np.asarray(checksums(state)).tolist()
+    for (path, _), was, now in zip(paths, run.pop("sums"), found, strict=True):
+        if was != now:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise CheckpointError(f"array {name} has other contents than were written")
+    return state, Saved(**run)
+
+
+def _read(
+    reader: ocp.CheckpointManager, step: int, like: TrainState
+) -> tuple[TrainState, dict[str, Any]]:
+    """This process's part of the arrays, and what stands beside them."""
+    items = reader.restore(
+        step,
+        args=ocp.args.Composite(
+            weights=ocp.args.StandardRestore(like.params),
+            training=ocp.args.StandardRestore(_without_params(like)),
+            run=ocp.args.JsonRestore(),
+        ),
+    )
+    run = items["run"]
+    if run.pop("sum") != _sum(run):
+        raise CheckpointError("what stands beside the arrays is not what was written")
+    return TrainState(params=items["weights"], **items["training"]), run
 
 
 def _sum(values: dict[str, Any]) -> int:

@@ -221,19 +221,23 @@ def test_a_run_is_a_model_that_loads_and_starts_the_next_phase(data, config, str
 def test_two_processes_train_as_one_does_and_restore_each_others_checkpoints(
     data, config, straight
 ):
-    """On a mesh of 2 x 2 x 1 over two processes of two simulated devices; then on one device."""
+    """On a mesh of 2 x 2 x 1 over two processes of two simulated devices; the second time from a
+    checkpoint whose newer one only one of them finds damaged; then on one device."""
     folder = data / "two"
     mesh = ["mesh.data=2", "mesh.expert=2", "optimizer.newton_schulz_dtype=float32"]
     settings = [part for value in [*mesh, "compute_dtype=float32"] for part in ("--set", value)]
     arguments = ["pretrain", "--config", config, *settings]
-    together = [*arguments, "--out", folder, "--coordinator", f"localhost:{free_port()}"]
-    processes = [
-        start(data, *together, "--num-processes", 2, "--process-id", number, "--set", "steps=10")
-        for number in range(2)
-    ]
-    outputs = [process.communicate(timeout=500) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "step 10 of 10" in outputs[0][0] and "step" not in outputs[1][0]
+
+    def together(steps: int) -> list[str]:
+        options = ["--coordinator", f"localhost:{free_port()}", "--num-processes", 2]
+        options += ["--out", folder, "--set", f"steps={steps}"]
+        processes = [start(data, *arguments, *options, "--process-id", i) for i in range(2)]
+        outputs = [process.communicate(timeout=500) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+        return [out + errors for out, errors in outputs]
+
+    first, second = together(10)
+    assert "step 10 of 10" in first and "step" not in second
 
     alone = data / "alone"
     run(data, *arguments, "--out", alone, "--set", "steps=10")
@@ -241,6 +245,13 @@ def test_two_processes_train_as_one_does_and_restore_each_others_checkpoints(
         for name in ("loss", "grad_norm", "held_out_loss"):
             assert np.isclose(theirs.get(name, 0), ours.get(name, 0), rtol=1e-4), (theirs, ours)
 
-    settings = ["--set", "mesh.data=1", "--set", "mesh.expert=1", "--set", "steps=12"]
+    of_second = (folder / "checkpoints" / "10" / "training").glob("ocdbt.process_1/d/*")
+    largest = max(of_second, key=lambda file: file.stat().st_size)
+    largest.write_bytes(bytes(largest.stat().st_size))
+    first, _ = together(12)
+    assert "10 is damaged (another process cannot read it)" in first
+    assert "goes on behind step 5" in first
+
+    settings = ["--set", "mesh.data=1", "--set", "mesh.expert=1", "--set", "steps=14"]
     out = run(data, *arguments, "--out", folder, *settings)
-    assert "goes on behind step 10" in out and "step 12 of 12" in out
+    assert "goes on behind step 12" in out and "step 14 of 14" in out
