@@ -21,7 +21,7 @@ import tyro
 
 from pallas_kernels.rocm import hlo, roofline
 from pallas_kernels.rocm.compiler import Program, compile_for
-from pallas_kernels.rocm.toolchain import GPUS
+from pallas_kernels.rocm.toolchain import GPUS, devices
 from train import cluster
 from train.config import TrainConfig
 from train.flops import forward_flops
@@ -182,6 +182,7 @@ without a GPU; **nothing has run on one**. Of each device:
 
 def main() -> None:
     """Compiles all of them, and writes the page."""
+    devices()  # first of all: JAX itself would log a traceback, as it finds no GPU
     config = ZayaConfig.preset("zaya1_8b")
     xla = dataclasses.replace(config, kernels="xla")
     generating = [
