@@ -87,6 +87,12 @@ def start(data: Path, *arguments, script=("-m", "zaya_jax.cli.main")) -> subproc
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment(data))
 
 
+def start_two(data: Path, *arguments) -> list[subprocess.Popen]:
+    """The processes of one run."""
+    options = ["--coordinator", f"localhost:{free_port()}", "--num-processes", 2, "--process-id"]
+    return [start(data, *arguments, *options, number) for number in range(2)]
+
+
 def run(data: Path, *arguments, code: int = 0, script=("-m", "zaya_jax.cli.main")) -> str:
     process = start(data, *arguments, script=script)
     out, errors = process.communicate(timeout=500)
@@ -148,6 +154,19 @@ def test_a_run_killed_between_steps_goes_on_bit_for_bit(data, config, straight):
     assert_same_run(folder, straight)
 
 
+def test_a_run_killed_on_a_mesh_goes_on_bit_for_bit(data, config):
+    mesh = ["--set", "mesh.data=2", "--set", "mesh.expert=2", "--set", "mesh.context=2"]
+    arguments = ["pretrain", "--config", config, *mesh, "--out"]
+    straight, killed = data / "straight-mesh", data / "killed-mesh"
+    run(data, *arguments, straight)
+    process = start(data, *arguments, killed)
+    wait_for_step(killed, 12, process)
+    process.kill()
+    process.wait()
+    assert "goes on behind step" in run(data, *arguments, killed)
+    assert_same_run(killed, straight)
+
+
 @pytest.mark.parametrize("access", [8, 25])
 def test_a_run_killed_inside_a_checkpoint_goes_on_bit_for_bit(data, config, straight, access):
     """All other stages: test_checkpoints.py."""
@@ -171,6 +190,20 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(data, config, straight):
     assert 7 <= saved < STEPS
     run(data, "pretrain", "--config", config, "--out", folder)
     assert_same_run(folder, straight)
+
+
+def test_sigterm_to_one_of_two_processes_saves_and_stops_both(data, config):
+    folder = data / "one-stopped"
+    mesh = ["--set", "mesh.data=2", "--set", "mesh.expert=2"]
+    first, second = start_two(data, "pretrain", "--config", config, *mesh, "--out", folder)
+    wait_for_step(folder, 7, first)
+    second.send_signal(signal.SIGTERM)
+    out, errors = first.communicate(timeout=300)
+    second.communicate(timeout=300)
+    assert (first.returncode, second.returncode) == (0, 0), errors
+    assert "stopped and saved" in out
+    saved = max(int(entry.name) for entry in (folder / "checkpoints").iterdir())
+    assert 7 <= saved < STEPS
 
 
 def test_a_damaged_newest_checkpoint_falls_back_and_says_so(data, config, straight):
@@ -229,9 +262,7 @@ def test_two_processes_train_as_one_does_and_restore_each_others_checkpoints(
     arguments = ["pretrain", "--config", config, *settings]
 
     def together(steps: int) -> list[str]:
-        options = ["--coordinator", f"localhost:{free_port()}", "--num-processes", 2]
-        options += ["--out", folder, "--set", f"steps={steps}"]
-        processes = [start(data, *arguments, *options, "--process-id", i) for i in range(2)]
+        processes = start_two(data, *arguments, "--out", folder, "--set", f"steps={steps}")
         outputs = [process.communicate(timeout=500) for process in processes]
         assert [process.returncode for process in processes] == [0, 0], outputs
         return [out + errors for out, errors in outputs]
