@@ -3,10 +3,9 @@
     python -m train.speed [small medium] [--batch 4x256] [--steps 5] [--rounds 3] [--json FILE]
 
 Both sides train the same random model with balanced routing on the same tokens, with AdamW and
-float32 weights. Of transformers, each of `VARIANTS` is measured once; then
-the fastest of them and ours take turns, each time in a process of its own, and the medians of those
-turns are compared. Both sides run with large pages (`ENVIRONMENT`), which make either of them
-faster.
+float32 weights. Of transformers, each of `VARIANTS` is measured once; then the fastest of them and
+ours take turns, each time in a process of its own, and the medians of those turns are compared.
+Both sides run with large pages (`ENVIRONMENT`), which make either of them faster.
 """
 
 import dataclasses
