@@ -13,10 +13,12 @@ FILES = {"pyproject.toml", "README.md", "Makefile", "LICENSE", "CHANGELOG.md"}
 RANKS = [
     ["pallas_kernels"],
     ["zaya_jax.errors", "zaya_jax.config", "zaya_jax.compilation", "zaya_jax.allocation"],
+    ["zaya_jax.sandbox"],
     ["zaya_jax.layers", "zaya_jax.parallel", "zaya_jax.state", "convert"],
     ["zaya_jax.attention", "zaya_jax.moe", "zaya_jax.text"],
     ["zaya_jax.model", "zaya_jax.layouts", "zaya_jax.sharding"],
     ["zaya_jax.generation"],
+    ["zaya_jax.reasoning"],
     [
         "zaya_jax.zaya",
         "zaya_jax.loading",

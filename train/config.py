@@ -188,7 +188,7 @@ class TrainConfig:
         )
         peak = self.peak_tflops
         _require(peak is None or peak > 0, "peak_tflops", "must be positive", peak)
-        chats = all(source.format == "chat" for source in self.data.sources)
+        chats = all(source.format != "text" for source in self.data.sources)
         _require(
             self.phase != "sft" or chats, "data.sources", "of sft must be chats", "another format"
         )

@@ -38,17 +38,25 @@ FRAGMENTS = (
     "base-",
     "binary",
 )
+# Came later, behind the bytes, so that no id moved: the prompt of aggregation.
+AGGREGATION = (
+    "\n\nBelow are the ends of several attempts at this problem. Some may be wrong. Compare them, "
+    "check what they do step by step, and give one better solution.\n\n",
+    "<candidate>\n",
+    "\n</candidate>\n",
+)
 
 
 def build() -> tokenizers.Tokenizer:
     """A byte-level tokenizer without merges: any text comes back as it was."""
-    tokens = [*SPECIAL, *FRAGMENTS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*SPECIAL, *FRAGMENTS, *alphabet, *AGGREGATION]
     core = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(text, normalized=False) for text in SPECIAL])
     # Not special: reasoning marks stay in decoded text, and fragments are only text.
-    core.add_tokens([AddedToken(text, normalized=False) for text in FRAGMENTS])
+    core.add_tokens([AddedToken(text, normalized=False) for text in (*FRAGMENTS, *AGGREGATION)])
     return core
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +18,9 @@ from zaya_jax.generation.engine import Engine
 from zaya_jax.generation.rows import Generation, OnText
 from zaya_jax.generation.sampling import Sampling
 from zaya_jax.model import Params, forward, head
+from zaya_jax.reasoning.markovian_rsa import OnRound, markovian_rsa
+from zaya_jax.reasoning.settings import Settings, fitting_preset, preset
+from zaya_jax.reasoning.solution import Solution, Verifier
 from zaya_jax.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
@@ -117,6 +121,57 @@ class Zaya:
             seeds = seeds * len(rows)
         each = [dataclasses.replace(sampling, seed=one) for one in seeds]
         return self.engine.run(rows, each, on_text, batch_size=batch_size)
+
+    def markovian_rsa(
+        self,
+        question: str,
+        settings: Settings | str | None = None,
+        *,
+        seed: int = 0,
+        verifier: Verifier | None = None,
+        template: Path | str | None = None,
+        folder: Path | str | None = None,
+        batch_size: int | None = None,
+        share: bool = True,
+        on_text: OnText | None = None,
+        on_round: OnRound | None = None,
+        **changes: Any,
+    ) -> Solution:
+        """Answers a question in rounds of candidates (Markovian RSA, arXiv 2605.05365).
+
+        Args:
+          question: as a user would ask it.
+          settings: `Settings`, or the name of one of `PRESETS`; by default "recommended", or "nano"
+            where the context is too short for that.
+          verifier: scores an answer, 1 for a correct one; the model does not see it.
+          seed, template, folder, batch_size, share, on_text, on_round: see
+            `reasoning.markovian_rsa`.
+          **changes: settings that differ: N, C, T, beta, tau, final_budget, temperature, top_p.
+
+        Raises:
+          InputError: an empty question, or settings that do not fit the context.
+          Interrupted: on Ctrl-C; complete rounds are in `folder`.
+        """
+        if settings is None:
+            settings = fitting_preset(self.config.max_position_embeddings)
+        if isinstance(settings, str):
+            settings = preset(settings)
+        if unknown := sorted(set(changes) - set(vars(settings))):
+            raise InputError(f"unknown setting {unknown[0]!r}: one of {', '.join(vars(settings))}")
+        (solution,) = markovian_rsa(
+            self.engine,
+            [question],
+            dataclasses.replace(settings, **changes),
+            seed=seed,
+            verifiers=None if verifier is None else [verifier],
+            template=template,
+            folder=folder,
+            batch_size=batch_size,
+            share=share,
+            on_text=on_text,
+            on_round=on_round,
+        )
+        return solution
 
     def warmup(
         self, batch_size: int = 1, prompt_tokens: int = 64, max_new_tokens: int = 256

@@ -8,7 +8,11 @@ from zaya_jax.errors import ConfigError
 
 OnLong = Literal["split", "trim", "skip"]
 # What can be done with examples longer than a row, the default first.
-ON_LONG: dict[str, tuple[OnLong, ...]] = {"text": ("split", "skip"), "chat": ("trim", "skip")}
+ON_LONG: dict[str, tuple[OnLong, ...]] = {
+    "text": ("split", "skip"),
+    "chat": ("trim", "skip"),
+    "tokens": ("skip",),
+}
 LARGEST_SEED = 2**32 - 1
 
 
@@ -24,22 +28,24 @@ class Source:
     """A file or glob, here or at any fsspec URL (s3://, gs://, memory://); *.array_record files
     with a JSON object in each record; hf://NAME[:SPLIT] of the Hugging Face hub, or a folder that
     `save_to_disk` of `datasets` wrote, also with [:SPLIT]."""
-    format: Literal["text", "chat"] = "text"
+    format: Literal["text", "chat", "tokens"] = "text"
     """text: documents, the field `text` of each record, or whole files where a file is no JSONL
     (*.jsonl, *.json, also compressed). chat: conversations, with the fields `messages` and
-    perhaps `tools`, of which the assistant's turns are learned."""
+    perhaps `tools`, of which the assistant's turns are learned. tokens: the fields `prompt` and
+    `response`, token ids, of which the response is learned."""
     weight: float = 1.0
     """Share of the mixture's examples, in proportion to the other sources' weights."""
     on_long: OnLong | None = None
     """Examples longer than a row: split into consecutive pieces (text; the default there), trim
-    the reasoning and keep the answer (chat; the default there), or skip them as bad records."""
+    the reasoning and keep the answer (chat; the default there), or skip them as bad records (the
+    default of tokens)."""
 
     def __post_init__(self):
         if not isinstance(self.path, str) or not self.path:
             raise ConfigError(f"source path must be a file, glob or URL, got {self.path!r}")
         where = f"source {self.path}:"
         if self.format not in ON_LONG:
-            raise ConfigError(f"{where} format must be text or chat, got {self.format!r}")
+            raise ConfigError(f"{where} format must be {', '.join(ON_LONG)}, got {self.format!r}")
         if not _is_number(self.weight) or not 0 < self.weight < math.inf:
             raise ConfigError(f"{where} weight must be a positive number, got {self.weight!r}")
         choices = ON_LONG[self.format]

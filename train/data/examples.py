@@ -13,6 +13,7 @@ from zaya_jax.errors import ConfigError, InputError
 from zaya_jax.text.tokenizer import Tokenizer
 
 LARGEST_WEIGHT = 1e6
+TOKEN_FIELDS = ("prompt", "response")
 
 
 class Span(NamedTuple):
@@ -43,6 +44,7 @@ class Encoder:
     tokenizer: Tokenizer
     bos: int | None
     eos: int
+    vocab_size: int
     format: str
     length: int
     on_long: OnLong
@@ -55,13 +57,15 @@ class Encoder:
         if length < 2:
             raise ConfigError(f"rows must have at least 2 tokens, got {length}")
         eos = config.eos_token_ids[0]
-        return cls(tokenizer, config.bos_token_id, eos, format, length, on_long)
+        return cls(tokenizer, config.bos_token_id, eos, config.vocab_size, format, length, on_long)
 
     def examples(self, fields: dict[str, Any]) -> list[Example]:
         """The examples of one record; several where a document is split. Raises BadRecord."""
         weight = _weight(fields)
         if self.format == "text":
             examples = self._document(fields, weight)
+        elif self.format == "tokens":
+            examples = [self._answered(fields, weight)]
         else:
             examples = [self._conversation(fields, weight)]
         return examples if weight else [e._replace(spans=[], bytes=0) for e in examples]
@@ -106,6 +110,16 @@ class Encoder:
         except InputError as error:
             raise BadRecord(str(error)) from None
 
+    def _answered(self, fields: dict[str, Any], weight: float) -> Example:
+        """A prompt and its response, as token ids."""
+        prompt, response = (_token_ids(fields, name, self.vocab_size) for name in TOKEN_FIELDS)
+        tokens = [*prompt, *response]
+        if len(tokens) > self.length:
+            raise BadRecord(f"{len(tokens)} tokens, more than the {self.length} of a row")
+        text = response[:-1] if response[-1] == self.eos else response
+        spans = [Span(len(prompt), len(tokens), weight)]
+        return Example(tokens, spans, _count_bytes(self.tokenizer.decode(text)))
+
     def _learned(self, pieces: list[Piece], weight: float) -> Example:
         tokens: list[int] = []
         spans, learned = [], 0
@@ -146,6 +160,18 @@ def check_conversation(fields: dict[str, Any]) -> tuple[list[Message], list[Any]
     if not any(message.get("train", True) for message in answers):
         raise BadRecord("empty: the assistant says nothing that is to be learned")
     return messages, tools
+
+
+def _token_ids(fields: dict[str, Any], name: str, vocab_size: int) -> list[int]:
+    ids = fields.get(name)
+    if not isinstance(ids, list) or not ids:
+        raise BadRecord(f"the field `{name}` is no list of token ids")
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise BadRecord(
+                f"the field `{name}` holds {token!r:.20}, which is no token of {vocab_size}"
+            )
+    return ids
 
 
 def _weight(fields: dict[str, Any]) -> float:

@@ -56,7 +56,7 @@ def open_source(source: Source) -> Reader:
     files = find_files(path)
     if all(file.path.endswith(ARRAY_RECORD) for file in files):
         return ArrayRecordReader(files)
-    return FileReader(files, source.format == "chat")
+    return FileReader(files, source.format != "text")
 
 
 class FileReader:

@@ -17,12 +17,14 @@ from zaya_jax.cli.generate import Generate
 from zaya_jax.cli.info import Info
 from zaya_jax.cli.output import fail
 from zaya_jax.cli.plot import Plot
+from zaya_jax.cli.solve import Solve
 from zaya_jax.cli.train import Train
 from zaya_jax.cli.verify import Verify
 from zaya_jax.errors import ZayaError
 
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Solve, tyro.conf.subcommand("solve")]
     | Annotated[Chat, tyro.conf.subcommand("chat")]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]

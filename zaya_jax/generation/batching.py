@@ -1,6 +1,7 @@
 """Rows of tokens as arrays: right padding, and the bucket shapes that keep programs from being
 compiled anew."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,6 +42,25 @@ def check_tokens(rows: Sequence[Sequence[int]], config: ZayaConfig) -> list[list
             )
         checked.append([int(token) for token in array])
     return checked
+
+
+def check_cuts(
+    cuts: Sequence[Sequence[int]] | None, prompts: Sequence[Sequence[int]]
+) -> list[tuple[int, ...]]:
+    """Where the parts of each prompt end: at its cuts, and at its end. Raises InputError for cuts
+    that are not ascending numbers inside the prompt."""
+    if cuts is None:
+        return [(len(prompt),) for prompt in prompts]
+    if len(cuts) != len(prompts):
+        raise InputError(f"{len(prompts)} prompts have {len(cuts)} lists of cuts")
+    ends = [(*one, len(prompt)) for one, prompt in zip(cuts, prompts, strict=True)]
+    for number, places in enumerate(ends):
+        if any(a >= b for a, b in itertools.pairwise((0, *places))):
+            raise InputError(
+                f"prompt {number}: cuts must ascend inside its {places[-1]} tokens, "
+                f"got {list(places[:-1])}"
+            )
+    return ends
 
 
 def pad_rows(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:

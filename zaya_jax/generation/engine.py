@@ -1,7 +1,6 @@
 """Everything around the generation core: prompts in, continuations out."""
 
 import contextlib
-import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -15,7 +14,8 @@ from zaya_jax.allocation import keep_freed_memory
 from zaya_jax.compilation import use_persistent_cache
 from zaya_jax.config import ZayaConfig
 from zaya_jax.errors import InputError
-from zaya_jax.generation.batching import MAX_CHUNK, bucket, check_tokens, pad_rows
+from zaya_jax.generation.batching import MAX_CHUNK, bucket, check_cuts, check_tokens, pad_rows
+from zaya_jax.generation.reading import Reader, in_reading_order
 from zaya_jax.generation.rows import Generation, Interrupted, OnText, Prefix, Row
 from zaya_jax.generation.sampling import Request, Sampling
 from zaya_jax.generation.step import Block, decode_block, insert_rows, prefill_chunk
@@ -69,6 +69,9 @@ class Engine:
         batch_size: int | None = None,
         prefix: Prefix | None = None,
         keep: bool = False,
+        cuts: Sequence[Sequence[int]] | None = None,
+        share: bool = True,
+        capacity: int | None = None,
     ) -> list[Generation]:
         """Continues every prompt.
 
@@ -81,20 +84,32 @@ class Engine:
             prompts, at most 16.
           prefix: read before; prompts that begin with it are read from its end on.
           keep: gives each result its `end`, as a prefix for what follows it.
+          cuts: of each prompt, ascending, lengths of beginnings that other prompts may have too,
+            token for token: each is read once. No chunk crosses a cut, so that sharing changes no
+            bit of what comes out.
+          share: False reads every prompt on its own, at the same cuts.
+          capacity: tokens that a row has room for, prompt included; by default the next power of
+            two that holds the longest.
 
         Raises:
-          InputError: an empty prompt, an unknown token, a prompt that fills the context, stop
-            strings without tokenizer, or not one `sampling` for each prompt.
+          InputError: an empty prompt, an unknown token, a prompt that fills the context or leaves
+            no room in the capacity, stop strings without tokenizer, not one `sampling` for each
+            prompt, or cuts that are none.
           Interrupted: on Ctrl-C, with the results so far.
         """
-        rows = self._rows(prompts, sampling)
+        rows = self._rows(prompts, sampling, cuts)
         if not rows:
             return []
         slots = self._slots(batch_size, len(rows))
-        capacity = bucket(max(len(row.prompt) + row.budget for row in rows), 64)
+        longest = max(len(row.prompt) + row.budget for row in rows)
+        if capacity is None:
+            capacity = bucket(longest, 64)
+        elif capacity < longest:
+            raise InputError(f"the capacity of {capacity} must hold {longest} tokens")
+        reader = Reader(lambda tokens, start: self.read(tokens, capacity, start), prefix, share)
         try:
             with self._on_mesh():
-                self._run(rows, slots, capacity, on_text, prefix, keep)
+                self._run(rows, slots, capacity, on_text, reader, keep)
         except KeyboardInterrupt:
             raise Interrupted([row.result() for row in rows]) from None
         return [row.result() for row in rows]
@@ -142,21 +157,16 @@ class Engine:
         slots: list[Row | None],
         capacity: int,
         on_text: OnText | None,
-        prefix: Prefix | None,
+        reader: Reader,
         keep: bool,
     ) -> None:
         """Continuous batching: fills free slots with waiting rows, decodes a block, and again."""
-        groups: dict[tuple[int, ...], list[Row]] = {}
-        for row in rows:
-            groups.setdefault(tuple(row.prompt), []).append(row)
-        waiting = deque(itertools.chain.from_iterable(groups.values()))
+        waiting = deque(in_reading_order(rows))
         state, logits = self._empty(len(slots), capacity)
-        read: Prefix | None = None
         while waiting or any(slots):
             while waiting and None in slots:
                 row = waiting.popleft()
-                if read is None or read.tokens != row.prompt:
-                    read = self.read(row.prompt, capacity, prefix)
+                read = reader.read(row, waiting[0] if waiting else None)
                 row.start(read.experts)
                 if row.finish is None:
                     slot = slots.index(None)
@@ -185,7 +195,10 @@ class Engine:
                 row.extend(parts[slot], int(remaining[slot]), on_text)
 
     def _rows(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling | Sequence[Sampling],
+        cuts: Sequence[Sequence[int]] | None = None,
     ) -> list[Row]:
         prompts = check_tokens(prompts, self.config)
         each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
@@ -193,11 +206,14 @@ class Engine:
             raise InputError(f"{len(prompts)} prompts have {len(each)} sampling settings")
         if self.tokenizer is None and any(one.stop for one in each):
             raise InputError("stop strings need a tokenizer, which this checkpoint has not")
+        parts = check_cuts(cuts, prompts)
         rows: list[Row] = []
         seen: Counter[tuple[int, ...]] = Counter()
         for number, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
             request = (one.seed, *prompt)
-            rows.append(Row(number, seen[request], prompt, self.config, one, self.tokenizer))
+            row = Row(number, seen[request], prompt, self.config, one, self.tokenizer)
+            row.ends = parts[number]
+            rows.append(row)
             seen[request] += 1
         return rows
 

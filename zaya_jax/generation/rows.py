@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from zaya_jax.config import ZayaConfig
+from zaya_jax.generation.batching import bucket
 from zaya_jax.generation.sampling import Sampling
 from zaya_jax.generation.step import NAN
 from zaya_jax.state import DecodeState
@@ -29,6 +30,12 @@ class Prefix:
     experts: list[np.ndarray]  # uint8 [L] of each token
 
 
+def fitted(prefix: Prefix) -> Prefix:
+    """The prefix without room for further tokens, which can be most of its memory."""
+    state = prefix.state.resize(bucket(len(prefix.tokens), 64))
+    return dataclasses.replace(prefix, state=state)
+
+
 @dataclasses.dataclass
 class Generation:
     """The continuation of one prompt.
@@ -40,6 +47,8 @@ class Generation:
       sampled_logprobs: the same among the tokens that top-k, top-p and min-p kept.
       experts: uint8 [forwarded, layers], the expert of each forwarded token: the prompt's, and all
         sampled ones but the last. The skip class is number E.
+      prompt_read: tokens of the prompt that were read for this one; the others had been read for
+        requests that begin like it.
       finish_reason: "stop" (a stop token or string), "length" (max_new_tokens), "context" (no room
         left), "nan" (the model's next logits hold NaN) or "interrupted".
       error: what went wrong where finish_reason is "nan", else None.
@@ -53,6 +62,7 @@ class Generation:
     sampled_logprobs: list[float]
     experts: np.ndarray
     finish_reason: Finish
+    prompt_read: int = 0
     error: str | None = None
     end: Prefix | None = dataclasses.field(default=None, repr=False)
 
@@ -92,6 +102,8 @@ class Row:
         self.cut_short = self.budget < sampling.max_new_tokens
         self.stop_tokens = {*config.eos_token_ids, *sampling.stop_tokens}
         self.text = None if tokenizer is None else tokenizer.stream(sampling.stop)
+        self.ends: tuple[int, ...] = (len(prompt),)  # of the prompt's parts
+        self.read = 0  # tokens of the prompt that were read for it
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.sampled_logprobs: list[float] = []
@@ -140,6 +152,7 @@ class Row:
             self.sampled_logprobs,
             np.array(self.experts, np.uint8)[: len(self.prompt) + max(len(self.tokens) - 1, 0)],
             self.finish or "interrupted",
+            self.read,
             self.error,
             self.end,
         )

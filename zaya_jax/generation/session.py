@@ -1,6 +1,5 @@
 """A conversation that does not read again what it has read before."""
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from zaya_jax.errors import InputError
 from zaya_jax.generation.batching import bucket
 from zaya_jax.generation.engine import Engine
-from zaya_jax.generation.rows import Generation, Interrupted, Prefix
+from zaya_jax.generation.rows import Generation, Interrupted, Prefix, fitted
 from zaya_jax.generation.sampling import Sampling
 from zaya_jax.text.tools import THINK, parse_tool_calls
 
@@ -105,7 +104,7 @@ class Session:
         end, result.end = result.end, None
         if result.finish_reason != "nan":
             self.messages = [*messages, self._answer(opening + (result.text or ""))]
-            self._marks = [_fitted(mark) for mark in (lasting, end) if mark is not None]
+            self._marks = [fitted(mark) for mark in (lasting, end) if mark is not None]
         return result
 
     def _render(self, messages: Sequence[Message]) -> str:
@@ -159,8 +158,3 @@ def _opening(prompt: str) -> str:
 def _common_prefix(a: list[int], b: list[int]) -> list[int]:
     pairs = zip(a, b, strict=False)
     return [x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-
-
-def _fitted(mark: Prefix) -> Prefix:
-    """The mark without room for further tokens, which can be most of its memory."""
-    return dataclasses.replace(mark, state=mark.state.resize(bucket(len(mark.tokens), 64)))

@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 from jinja2 import TemplateError
@@ -20,6 +21,13 @@ TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
 SETTINGS = "tokenizer_config.json"
 END_OF_TURN = "<|im_end|>"
+
+
+class Piece(NamedTuple):
+    """Tokens that make up whole characters together, and these."""
+
+    tokens: list[int]
+    text: str
 
 
 class Tokenizer:
@@ -75,6 +83,24 @@ class Tokenizer:
         character together, each ends where it does."""
         encoding = self._core.encode(text, add_special_tokens=False)
         return encoding.ids, [end for _, end in encoding.offsets]
+
+    @cached_property
+    def special_tokens(self) -> frozenset[int]:
+        """Tokens that control the model and are no text, like those around turns."""
+        added = self._core.get_added_tokens_decoder().items()
+        return frozenset(number for number, token in added if token.special)
+
+    def pieces(self, tokens: Sequence[int]) -> list[Piece]:
+        """The tokens in the shortest runs of whole characters. The first tokens of a character that
+        is not finished at the end are left out."""
+        stream, run, found = self.stream(), [], []
+        for token in tokens:
+            stream.add(token)
+            run.append(int(token))
+            if text := stream.take():
+                found.append(Piece(run, text))
+                run = []
+        return found
 
     @property
     def fingerprint(self) -> str:
