@@ -20,7 +20,8 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: .ci/constraints.txt pyproject.toml
 	python=$$(PYTHON=$(PYTHON) sh .ci/find-python 3.12) && "$$python" -m venv --clear $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r .ci/constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes \
+		-r .ci/constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
