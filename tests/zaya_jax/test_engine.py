@@ -212,3 +212,45 @@ def test_programs_are_kept_on_disk(tmp_path):
     assert generate(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own")) == first
     assert programs(tmp_path / "own")
     assert generate() == first and programs(tmp_path / "cache" / "zaya-jax") == kept
+
+
+def test_prompts_that_begin_alike_are_read_from_where_they_part(monkeypatch):
+    """Each part once, whatever the order of the prompts; bit for bit what reading alone gives."""
+    read = []
+
+    def counted(params, config, tokens, new_lengths, state):
+        read.append(int(new_lengths[0]))
+        return prefill_chunk(params, config, tokens, new_lengths, state)
+
+    monkeypatch.setattr(engine_module, "prefill_chunk", counted)
+    a, b, c, d = (random_tokens(60 + i, 7).tolist() for i in range(4))
+    prompts = [[*a, *b, *c], [*d, *c], [*a, *b, *d], [*a, *c], [*a, *b, *c]]
+    cuts = [[7, 14], [7], [7, 14], [7], [7, 14]]
+    sampling = Sampling(max_new_tokens=12, seed=3)
+    shared = MODEL.engine.run(prompts, sampling, batch_size=2, cuts=cuts)
+    assert sum(read) == 7 * 7 == sum(result.prompt_read for result in shared)
+    alone = MODEL.engine.run(prompts, sampling, batch_size=2, cuts=cuts, share=False)
+    assert list(map(outcome, alone)) == list(map(outcome, shared))
+    assert [result.prompt_read for result in alone] == [21, 14, 21, 14, 21]
+
+
+def test_other_cuts_in_the_same_tokens_are_not_shared():
+    """Their state rounds otherwise, and what comes out must not depend on the neighbours."""
+    prompt = random_tokens(70, 20).tolist()
+    results = MODEL.engine.run(
+        [prompt, prompt], Sampling(max_new_tokens=2), cuts=[[5], [9]], batch_size=2
+    )
+    assert [result.prompt_read for result in results] == [20, 20]
+
+
+@pytest.mark.parametrize("cuts", [[[0]], [[5, 5]], [[9]], [[3, 2]], [[1], [2]]])
+def test_cuts_that_are_none_are_refused(cuts):
+    with pytest.raises(InputError, match="cuts"):
+        MODEL.engine.run([PROMPTS[0]], Sampling(), cuts=cuts)
+
+
+def test_a_capacity_must_hold_prompt_and_answer():
+    (result,) = MODEL.engine.run([PROMPTS[0]], Sampling(max_new_tokens=6), capacity=15)
+    assert len(result.tokens) <= 6
+    with pytest.raises(InputError, match="capacity of 14 must hold 15"):
+        MODEL.engine.run([PROMPTS[0]], Sampling(max_new_tokens=6), capacity=14)
