@@ -22,3 +22,8 @@ class InputError(ZayaError):
 class DataError(ZayaError):
     """Training data that are missing, unreadable, or for too large a part not what they should
     be."""
+
+
+class SandboxError(ZayaError):
+    """Code cannot be run safely here: a protection is missing, or the sandbox could not be set
+    up."""

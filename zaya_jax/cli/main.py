@@ -13,6 +13,7 @@ from zaya_jax.cli.convert import Convert
 from zaya_jax.cli.data import Data
 from zaya_jax.cli.demo import Demo
 from zaya_jax.cli.doctor import Doctor
+from zaya_jax.cli.eval import Eval
 from zaya_jax.cli.generate import Generate
 from zaya_jax.cli.info import Info
 from zaya_jax.cli.output import fail
@@ -25,6 +26,7 @@ from zaya_jax.errors import ZayaError
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Solve, tyro.conf.subcommand("solve")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Chat, tyro.conf.subcommand("chat")]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
