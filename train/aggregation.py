@@ -3,15 +3,21 @@
 Rollouts of one question are grouped; C of them are shown as they are in Markovian RSA, and a
 verified response is to be learned (arXiv 2605.05365). What comes out is read as a source of format
 "tokens", since candidates are token ids that another tokenisation of their text need not give.
+
+    python -m train.aggregation ROLLOUTS EXAMPLES --model CHECKPOINT
 """
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from zaya_jax.errors import DataError
+import tyro
+
+from zaya_jax.errors import DataError, ZayaError
+from zaya_jax.loading import load_tokenizer
 from zaya_jax.reasoning.prompts import Prompts
 from zaya_jax.text.tokenizer import Tokenizer
 
@@ -88,6 +94,51 @@ def read_rollouts(file: Path) -> Iterator[Rollout]:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from None
 
 
+def main(
+    rollouts: Path,
+    examples: Path,
+    /,
+    model: str | None = None,
+    C: int = 4,
+    tau: int = 4096,
+    each: int = 1,
+    seed: int = 0,
+    template: Path | None = None,
+) -> None:
+    """Turns a file of rollouts into one of examples.
+
+    Args:
+      rollouts: JSONL file, see `aggregation_examples`.
+      examples: JSONL file to write.
+      model: checkpoint folder or hub id whose tokenizer counts; by default the embedded model.
+      C: candidates in a prompt.
+      tau: tokens of a candidate's tail.
+      each: prompts made of one question.
+      seed: of the choices.
+      template: a file in place of aggregation.jinja.
+    """
+    part = examples.with_suffix(".part")
+    try:
+        found = aggregation_examples(
+            read_rollouts(rollouts),
+            load_tokenizer(model),
+            C=C,
+            tau=tau,
+            each=each,
+            seed=seed,
+            template=template,
+        )
+        with part.open("w", encoding="utf-8") as lines:
+            count = sum(bool(lines.write(json.dumps(example) + "\n")) for example in found)
+        part.replace(examples)
+    except OSError as error:
+        sys.exit(f"{examples}: cannot be written ({error.strerror})")
+    except ZayaError as error:
+        part.unlink(missing_ok=True)
+        sys.exit(str(error))
+    print(f"{examples}: {count} examples")
+
+
 def _by_question(rollouts: Iterable[Rollout]) -> Iterator[tuple[str, Sequence[Rollout]]]:
     group: list[Rollout] = []
     for rollout in rollouts:
@@ -97,3 +148,7 @@ def _by_question(rollouts: Iterable[Rollout]) -> Iterator[tuple[str, Sequence[Ro
         group.append(rollout)
     if group:
         yield group[0]["question"], group
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -23,7 +23,7 @@ from zaya_jax.errors import CheckpointError, ConfigError
 from zaya_jax.layouts import for_cpu, is_for_cpu
 from zaya_jax.model import Params
 from zaya_jax.sharding import check_mesh, parameter_sharding
-from zaya_jax.text.tokenizer import Tokenizer
+from zaya_jax.text.tokenizer import TOKENIZER, Tokenizer
 from zaya_jax.zaya import Zaya
 
 NANO = Path(__file__).parent / "nano"
@@ -110,6 +110,20 @@ def _leaves(params: Params, config: ZayaConfig) -> dict[str, Held]:
     if odd := sorted(found.keys() ^ mapping(config).keys()):
         raise CheckpointError(f"the parameters do not fit the config at {odd[0]}")
     return {path: Held(found[path]) for path in mapping(config)}
+
+
+def load_tokenizer(path_or_hub_id: str | os.PathLike[str] | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint, by default of the embedded model, without its weights.
+
+    Raises:
+      CheckpointError: there is none, or it cannot be read.
+    """
+    files = ["*.json", "*.jinja"]
+    folder = NANO if path_or_hub_id is None else find(path_or_hub_id, files)
+    tokenizer = Tokenizer.from_folder(folder, checkpoint.read_config(folder))
+    if tokenizer is None:
+        raise CheckpointError(f"{path_or_hub_id}: has no {TOKENIZER}")
+    return tokenizer
 
 
 def parse_dtype(dtype: Any) -> np.dtype:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import zaya_jax
-from train.aggregation import aggregation_examples, read_rollouts
+from train.aggregation import aggregation_examples, main, read_rollouts
 from train.config import ModelConfig
 from train.data.config import DataConfig, Source
 from train.data.examples import Encoder
@@ -102,3 +102,16 @@ def test_sources_of_tokens_fit_fine_tuning_only_where_they_are_not_split():
     with pytest.raises(ConfigError, match="on_long must be skip for format tokens"):
         Source(path="x", format="tokens", on_long="trim")
     assert DataConfig(sources=(Source(path="x", format="tokens"),)) and ModelConfig(preset="nano")
+
+
+def test_the_command_writes_what_the_function_gives(tmp_path, capsys):
+    source, made = tmp_path / "rollouts.jsonl", tmp_path / "examples.jsonl"
+    source.write_text("".join(json.dumps(one) + "\n" for one in ROLLOUTS))
+    main(source, made, C=4, tau=5, each=2)
+    wanted = list(aggregation_examples(ROLLOUTS, TOKENIZER, C=4, tau=5, each=2))
+    assert [json.loads(line) for line in made.read_text().splitlines()] == wanted
+    assert "2 examples" in capsys.readouterr().out
+    source.write_text("{\n")
+    with pytest.raises(SystemExit, match=r"rollouts.jsonl:1: is no rollout"):
+        main(source, made)
+    assert len(made.read_text().splitlines()) == 2 and sorted(tmp_path.iterdir()) == [made, source]

@@ -56,7 +56,7 @@ def prove(
     families = []
     for family in FAMILIES:
         runs = [_run(model, held_out(family, problems), settings, seed) for seed in seeds]
-        row = {"family": family, "answers": distinct_answers(family), "seeds": list(seeds)}
+        row: dict[str, Any] = {"family": family, "answers": distinct_answers(family)}
         row |= {name: _mean([run[name] for run in runs]) for name in runs[0]}
         families.append(row)
         say(
@@ -67,6 +67,7 @@ def prove(
     return {
         "settings": dataclasses.asdict(settings),
         "problems": problems,
+        "seeds": list(seeds),
         "families": families,
     }
 

@@ -10,12 +10,9 @@ from typing import Literal
 import tyro
 from rich.table import Table
 
-from convert import checkpoint
-from convert.folder import find
 from zaya_jax.cli.output import check_destination, console, messages, working, write_json
 from zaya_jax.errors import DataError
-from zaya_jax.loading import NANO
-from zaya_jax.text.tokenizer import TOKENIZER, Tokenizer
+from zaya_jax.loading import load_tokenizer
 
 OUTCOME_NAMES = {
     "whole": "kept whole",
@@ -63,7 +60,7 @@ class Data:
             ) from None
         check_destination(self.json)
         DataConfig(workers=self.workers, max_bad_share=self.max_bad_share)  # checks them
-        tokenizer = _load_tokenizer(self.model)
+        tokenizer = load_tokenizer(self.model)
         with working(f"Trimming {self.source}"), _showing_log("train.data"):
             done = trim_file(
                 self.source,
@@ -98,12 +95,3 @@ def _showing_log(name: str) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagated
-
-
-def _load_tokenizer(model: str | None) -> Tokenizer:
-    files = ["*.json", "*.jinja"]
-    folder = NANO if model is None else find(model, files)
-    tokenizer = Tokenizer.from_folder(folder, checkpoint.read_config(folder))
-    if tokenizer is None:
-        raise DataError(f"{model}: has no {TOKENIZER}")
-    return tokenizer

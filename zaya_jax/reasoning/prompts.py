@@ -44,11 +44,11 @@ class Prompts:
             self.source = file.read_text(encoding="utf-8")
             environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
             self._template = environment.from_string(self.source)
-            self.delimiters = self._render("", []).delimiters
+            self.delimiters = vars(self._render("", []))["delimiters"]
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
             raise InputError(f"{self._name}: cannot be read ({reason})") from None
-        except AttributeError:
+        except KeyError:
             raise InputError(
                 f"{self._name}: sets no `delimiters`, the strings that candidates must not hold"
             ) from None
