@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zaya_jax.reasoning.answers import final_answer, normalised
-from zaya_jax.reasoning.solution import majority
+from zaya_jax.reasoning.answers import final_answer, majority, normalised
 
 
 @pytest.mark.parametrize(
@@ -59,8 +58,8 @@ def test_normalising_twice_changes_nothing_more(text):
 
 
 def test_most_votes_win_and_ties_go_to_the_most_probable():
-    assert majority(["1", "2", "02", None], [-0.1, -3.0, -2.0, 0.0]) == "02"
-    assert majority(["1", "2"], [-0.2, -0.1]) == "2"
+    assert majority(["1", "2", "02", None], [-0.1, -3.0, -2.0, 0.0]) == 2
+    assert majority(["1", "2"], [-0.2, -0.1]) == 1
     # by the mean of an answer's responses, not by its best one
-    assert majority(["1", "1", "2", "2"], [-0.1, -9.0, -1.0, -1.0]) == "2"
+    assert majority(["1", "1", "2", "2"], [-0.1, -9.0, -1.0, -1.5]) == 2
     assert majority([None, None], [0.0, 0.0]) is None

@@ -25,11 +25,11 @@ from zaya_jax.evaluation.families import Problem, distinct_answers, held_out
 from zaya_jax.generation.rows import Generation
 from zaya_jax.generation.sampling import Sampling
 from zaya_jax.loading import load
-from zaya_jax.reasoning.answers import final_answer
+from zaya_jax.reasoning.answers import final_answer, majority
 from zaya_jax.reasoning.markovian_rsa import markovian_rsa
 from zaya_jax.reasoning.prompts import Prompts
 from zaya_jax.reasoning.settings import PRESETS, Settings
-from zaya_jax.reasoning.solution import Candidate, Solution, majority
+from zaya_jax.reasoning.solution import Solution
 from zaya_jax.zaya import Zaya
 
 FAMILIES = (
@@ -107,7 +107,7 @@ def _run(model: Zaya, problems: list[Problem], settings: Settings, seed: int) ->
         },
         "majority_by_round": [
             fmean(
-                _verifier(p)(_majority(s.rounds[n].candidates) or "")
+                _verifier(p)(s.rounds[n].answer or "")
                 for p, s in zip(problems, solutions, strict=True)
             )
             for n in range(settings.T + 1)
@@ -187,10 +187,6 @@ def _majority_of(
             )
             right.append(_verifier(problem)(answer or ""))
     return fmean(right)
-
-
-def _majority(candidates: Sequence[Candidate]) -> str | None:
-    return majority([c.answer for c in candidates], [c.logprob for c in candidates])
 
 
 def _logprob(generation: Generation) -> float:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
+from zaya_jax.reasoning.answers import majority
+
 DRAWS = 100  # subsets of k samples whose majorities are averaged
 LEVEL = 0.95
 
@@ -74,21 +76,6 @@ def maj_at_k(
         ]
         result[number] = np.mean(right)
     return result
-
-
-def majority(answers: Sequence[str | None], logprobs: Sequence[float] | np.ndarray) -> int | None:
-    """The place of the most probable sample among those with the most frequent answer; of answers
-    equally frequent, the one with the higher mean log-probability. None if nobody votes."""
-    votes: dict[str, list[int]] = {}
-    for place, answer in enumerate(answers):
-        if answer is not None:
-            votes.setdefault(answer, []).append(place)
-    if not votes:
-        return None
-    winners = max(
-        votes.values(), key=lambda some: (len(some), np.mean([logprobs[i] for i in some]))
-    )
-    return max(winners, key=lambda place: logprobs[place])
 
 
 def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float] | None:

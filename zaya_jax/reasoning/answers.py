@@ -1,6 +1,9 @@
 """Final answers: where they stand in a response, and which of them are the same."""
 
 import re
+from collections.abc import Sequence
+from functools import lru_cache
+from statistics import fmean
 
 BOXED = r"\boxed{"
 _ANNOUNCED = re.compile(r"(?:final\s+answer(?:\s+is)?|answer)\s*[:=]\s*(.+)|####\s*(.+)", re.I)
@@ -23,6 +26,7 @@ def final_answer(text: str) -> str | None:
     return boxed.strip() or None
 
 
+@lru_cache(maxsize=65_536)
 def normalised(answer: str) -> str:
     r"""An answer as it is counted in a vote.
 
@@ -34,6 +38,22 @@ def normalised(answer: str) -> str:
     while text != before:
         before, text = text, _undressed(text)
     return text
+
+
+def majority(answers: Sequence[str | None], logprobs: Sequence[float]) -> int | None:
+    """The place of the most frequent answer, as its most probable response puts it.
+
+    Answers that are the same when `normalised` are counted together; None is no vote. Ties go to
+    the answer whose responses have the largest mean log-probability. None if nobody votes.
+    """
+    votes: dict[str, list[int]] = {}
+    for place, answer in enumerate(answers):
+        if answer is not None:
+            votes.setdefault(normalised(answer), []).append(place)
+    if not votes:
+        return None
+    best = max(votes.values(), key=lambda places: (len(places), fmean(logprobs[i] for i in places)))
+    return max(best, key=lambda place: logprobs[place])
 
 
 def _undressed(text: str) -> str:

@@ -2,13 +2,11 @@
 give."""
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
-from zaya_jax.reasoning.answers import normalised
+from zaya_jax.reasoning.answers import majority
 
 Verifier = Callable[[str], float]
 
@@ -49,6 +47,13 @@ class Round:
     candidates: list[Candidate]
 
     @property
+    def answer(self) -> str | None:
+        """The answer of most candidates; see `answers.majority`."""
+        answers = [c.answer for c in self.candidates]
+        place = majority(answers, [c.logprob for c in self.candidates])
+        return None if place is None else answers[place]
+
+    @property
     def mean_correctness(self) -> float | None:
         """Mean score of the candidates, which is what the report states; None without verifier."""
         scores = [c.score for c in self.candidates if c.score is not None]
@@ -62,11 +67,10 @@ class Solution:
     question: str
     rounds: list[Round]
 
-    @cached_property
+    @property
     def answer(self) -> str | None:
-        """The answer of most candidates of the last round; see `majority`."""
-        last = self.rounds[-1].candidates
-        return majority([c.answer for c in last], [c.logprob for c in last])
+        """That of the last round."""
+        return self.rounds[-1].answer
 
     @property
     def mean_correctness(self) -> float | None:
@@ -105,17 +109,3 @@ class Solution:
                 for round in self.rounds
             ],
         }
-
-
-def majority(answers: Sequence[str | None], logprobs: Sequence[float]) -> str | None:
-    """The most frequent answer, `normalised` ones being counted; ties go to the one whose responses
-    have the largest mean log-probability. As its most probable response puts it; None where nobody
-    answers."""
-    votes: dict[str, list[tuple[float, str]]] = defaultdict(list)
-    for answer, logprob in zip(answers, logprobs, strict=True):
-        if answer is not None:
-            votes[normalised(answer)].append((logprob, answer))
-    if not votes:
-        return None
-    best = max(votes.values(), key=lambda given: (len(given), fmean(lp for lp, _ in given)))
-    return max(best)[1]
