@@ -294,7 +294,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
         ("", {}, "the question is empty"),
         (" \n", {}, "the question is empty"),
         ("long " * 300, {}, r"the question has \d+ tokens, .* context of 1024"),
-        ("long " * 170, {"tau": 40}, r"round 1 can need \d+ tokens of prompt \(question: \d+\)"),
+        ("long " * 190, {"tau": 40}, r"round 1 can need \d+ tokens of prompt \(question: \d+\)"),
         (QUESTION, {"final_budget": 1000}, "round 2 can need"),
         (QUESTION, {"beta": 1020, "tau": 8}, "round 0 can need"),
         (QUESTION, {"C": 5}, "C=5 candidates cannot be chosen from N=4"),

@@ -215,6 +215,4 @@ def visible() -> tuple[str, ...]:
     if "/" in prefixes:
         raise SandboxError("The interpreter's prefix is /: a sandbox would show the whole tree.")
     paths = sorted({*prefixes, *SYSTEM, interpreter()})
-    return tuple(
-        path for path in paths if not any(path.startswith(f"{other}/") for other in paths)
-    )
+    return tuple(path for path in paths if not any(path.startswith(f"{other}/") for other in paths))
