@@ -182,10 +182,9 @@ def _majority_of(
     for problem, mine in zip(problems, samples, strict=True):
         for start in range(0, len(mine) - k + 1, k):
             some = mine[start : start + k]
-            answer = majority(
-                [final_answer(g.answer.text) for g in some], list(map(_logprob, some))
-            )
-            right.append(_verifier(problem)(answer or ""))
+            answers = [final_answer(one.answer.text) for one in some]
+            place = majority(answers, list(map(_logprob, some)))
+            right.append(0.0 if place is None else _verifier(problem)(answers[place] or ""))
     return fmean(right)
 
 

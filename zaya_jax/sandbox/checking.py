@@ -43,7 +43,7 @@ def check(
     limits: Limits | None = None,
     allow_weak: bool = False,
 ) -> Verdict:
-    """Whether `tests`, Python source code that calls the program's functions, ends without an error.
+    """Whether `tests`, Python source code that calls the program's functions, raises nothing.
 
     Program and tests run in two sandboxes, with nothing between them but calls: in the tests each
     of the functions is a stand-in that sends its arguments over and gets a result, or an exception
@@ -100,7 +100,7 @@ def check(
     detail = {
         "ok": "",
         "failed": (judged.stderr.strip().splitlines() or ["the tests ended without a word"])[-1],
-        "timeout": f"took longer than {limits.wall_seconds:g} s, or {limits.cpu_seconds:g} s of CPU",
+        "timeout": f"took {limits.wall_seconds:g} s, or {limits.cpu_seconds:g} s of CPU, and more",
         "memory": f"used more than {limits.memory_bytes} bytes of memory",
         "processes": f"had more than {limits.processes} processes",
         "output": f"wrote more than {limits.output_bytes} bytes",

@@ -1,8 +1,8 @@
-"""Sets up the sandbox, then becomes the program. Run by `run.py` as a script in a bare interpreter.
+"""Sets up the sandbox, then becomes the program. Run as a script in a bare interpreter.
 
 Three processes, of which only the last runs untrusted code:
 
-  launcher   outside; makes the namespaces, waits, and kills the first process when told to (SIGTERM)
+  launcher   outside; makes the namespaces, waits, and kills the first process on SIGTERM
   first      process 1 inside: lays out the file tree, watches what the others use, reaps them; when
              it ends the kernel kills every process inside
   program    an unprivileged user with limits, which executes the interpreter on the program
@@ -178,7 +178,7 @@ def inside(job: dict, alive: int) -> None:
             pass
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a first process is spared from
     isolated = attempt(job, "files", lambda: lay_out(job))
-    watched = {}
+    watched: dict[str, int] = {}
     attempt(job, "watch", lambda: watched.update(processes=open_processes()))
     if isolated:
         attempt(job, "files", lambda: close_files(job))
@@ -269,7 +269,7 @@ def watch(job: dict, program: int, processes: int | None) -> str:
                 return finished(job, outcome)
             if not ended:
                 break
-        if excess := over_limit(job, processes):
+        if processes is not None and (excess := over_limit(job, processes)):
             return excess
 
 

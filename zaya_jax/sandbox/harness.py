@@ -109,7 +109,7 @@ def serve(folder: str) -> None:
         try:
             if call is None:
                 execute(f"{folder}/program.py", module.__dict__)
-                answer = ["value", None]
+                answer: list = ["value", None]
             else:
                 name, arguments, named = call
                 function = getattr(module, name)
