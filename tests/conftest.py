@@ -9,7 +9,7 @@ import pytest
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS / "oracle")]
 
-ORACLE = TESTS.parent / ".venv-oracle" / "bin" / "python"
+from helpers import ORACLE  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")

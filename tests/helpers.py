@@ -1,12 +1,16 @@
 """Random models in which every tensor matters, and compiled entry points shared by the tests."""
 
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from zaya_jax import Rope, ZayaConfig, forward, head, init
+
+# Python of the PyTorch reference environment (`make oracle`).
+ORACLE = Path(__file__).parent.parent / ".venv-oracle" / "bin" / "python"
 
 TINY = ZayaConfig(
     vocab_size=64,

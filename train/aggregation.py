@@ -53,7 +53,7 @@ def aggregation_examples(
     """
     prompts = Prompts(tokenizer, template)
     end = tokenizer.encode(tokenizer.end_tokens[0])
-    for question, group in _by_question(rollouts):
+    for question, group in by_question(rollouts):
         random = Random(f"{seed} {question}")
         for _ in range(each):
             order = random.sample(group, len(group))
@@ -139,7 +139,8 @@ def main(
     print(f"{examples}: {count} examples")
 
 
-def _by_question(rollouts: Iterable[Rollout]) -> Iterator[tuple[str, Sequence[Rollout]]]:
+def by_question(rollouts: Iterable[Rollout]) -> Iterator[tuple[str, Sequence[Rollout]]]:
+    """Rollouts that follow each other and answer the same question, with that question."""
     group: list[Rollout] = []
     for rollout in rollouts:
         if group and group[0]["question"] != rollout["question"]:

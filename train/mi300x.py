@@ -26,8 +26,7 @@ from pallas_kernels import selection
 from pallas_kernels.launch import architecture
 from pallas_kernels.moe import api as moe
 from pallas_kernels.rocm.cases import TOKENS, ZAYA1_8B, Case, cases
-from train.course.data import write
-from train.course.phases import PHASES
+from train.course.data import WRITTEN, write
 from train.course.run import configuration
 from train.metrics import FILE, read
 from train.run import Silent, train
@@ -107,7 +106,7 @@ def training(steps: int = STEPS) -> Details:
     """The first phase of nano's course, for some steps: the loss must fall."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        write(out / "data", documents={name: 500 for name in PHASES})
+        write(out / "data", documents={name: 500 for name in WRITTEN})
         config = configuration("pretrain", out)
         config = dataclasses.replace(config, steps=steps, log_every=max(steps // 10, 1))
         train(config, out / "pretrain", Silent())

@@ -13,8 +13,7 @@ import jax
 import numpy as np
 import pytest
 from checkpoints import checkpoint, tensors
-from conftest import ORACLE
-from helpers import CONFIGS, ODD, TINY, assert_close, random_params
+from helpers import CONFIGS, ODD, ORACLE, TINY, assert_close, random_params
 from legacy import as_base, legacy_config, legacy_tensors, write_legacy_copy
 from safetensors.numpy import load_file, save_file
 

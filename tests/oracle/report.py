@@ -14,7 +14,7 @@ sys.path[:0] = [str(TESTS), str(TESTS / "oracle")]
 
 import cases  # noqa: E402
 import numpy as np  # noqa: E402
-from conftest import ORACLE  # noqa: E402
+from helpers import ORACLE  # noqa: E402
 from test_parity import compute, kl  # noqa: E402
 
 COLUMNS = (

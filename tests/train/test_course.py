@@ -15,13 +15,23 @@ import pytest
 from train.course import report as reports
 from train.course.data import (
     TRAINING_SEED,
+    WRITTEN,
     records,
     tokenizer_hash,
     training_problems,
     write,
 )
 from train.course.phases import PHASES
-from train.course.solutions import SOLVERS, check, response, task, tasks, worked
+from train.course.solutions import (
+    SOLVERS,
+    another_way,
+    check,
+    concluded,
+    response,
+    task,
+    tasks,
+    worked,
+)
 from zaya_jax import InputError, ZayaConfig
 from zaya_jax.evaluation.accuracy import CHAT, MAX_NEW_TOKENS, TEXT
 from zaya_jax.evaluation.families import (
@@ -117,7 +127,7 @@ def test_the_removal_removes_something():
     assert swapped and fingerprint("What is 38 * 47?") != fingerprint("What is 38 * 48?")
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", WRITTEN)
 def test_no_held_out_question_is_in_a_training_file(folder, phase):
     """Neither by its hash nor as text anywhere in the file."""
     rows = read(folder / f"{phase}.jsonl")
@@ -130,7 +140,7 @@ def test_no_held_out_question_is_in_a_training_file(folder, phase):
             assert json.dumps(problem.question.strip())[1:-1] not in everything
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", WRITTEN)
 def test_held_out_files_are_made_of_held_out_questions_only(folder, phase):
     rows = read(folder / "held_out" / f"{phase}.jsonl")
     trained = {json.dumps(row) for row in read(folder / f"{phase}.jsonl")}
@@ -215,7 +225,7 @@ def test_documents_suit_the_contexts(folder, tokenizer):
     def lengths(name):
         return [tokens(row, tokenizer) for row in read(folder / f"{name}.jsonl")]
 
-    pretrain, midtrain, sft = map(lengths, PHASES)
+    pretrain, midtrain, sft = map(lengths, WRITTEN)
     assert max(pretrain) <= PHASES["pretrain"].context < max(sft) <= PHASES["sft"].context
     context = PHASES["midtrain"].context
     assert 0.05 < sum(n > context for n in midtrain) / len(midtrain) < 0.3
@@ -232,7 +242,8 @@ def tokens(record, tokenizer):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_evaluation_has_room_for_every_solution(family, tokenizer):
     for problem in first(training_problems(family), 300):
-        assert len(tokenizer.encode(response(*worked(problem)))) < MAX_NEW_TOKENS
+        for solved in (worked(problem), another_way(problem)):
+            assert len(tokenizer.encode(concluded(solved))) < MAX_NEW_TOKENS
 
 
 def test_the_vocabulary_is_frozen_and_named_in_the_data(folder):

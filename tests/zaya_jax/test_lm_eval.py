@@ -14,8 +14,7 @@ import jax
 import lm_eval
 import numpy as np
 import pytest
-from conftest import ORACLE
-from helpers import random_params
+from helpers import ORACLE, random_params
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, hash_args
 from lm_eval.tasks import TaskManager

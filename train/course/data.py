@@ -21,7 +21,7 @@ import tyro
 
 from train.course import text
 from train.course.phases import HELD_OUT_DOCUMENTS, PHASES
-from train.course.solutions import Task, check, response, task, tasks, worked
+from train.course.solutions import Task, check, concluded, response, task, tasks, worked
 from zaya_jax.config import ZayaConfig
 from zaya_jax.evaluation.accuracy import text_question
 from zaya_jax.evaluation.families import (
@@ -46,7 +46,7 @@ Sources = Mapping[str, Iterator[Problem]]
 
 
 def write(folder: Path, seed: int = 0, documents: Mapping[str, int] | None = None) -> None:
-    """Writes `PHASE.jsonl` and `held_out/PHASE.jsonl` for every phase, and `data.json`.
+    """Writes `PHASE.jsonl` and `held_out/PHASE.jsonl` for the phases but the last, and `data.json`.
 
     Args:
       folder: made where it is missing; files of these names are replaced.
@@ -55,10 +55,10 @@ def write(folder: Path, seed: int = 0, documents: Mapping[str, int] | None = Non
     """
     counts = {name: phase.documents for name, phase in PHASES.items()} | dict(documents or {})
     (folder / "held_out").mkdir(parents=True, exist_ok=True)
-    for name, count in counts.items():
-        _write_lines(folder / f"{name}.jsonl", records(name, seed), count)
-        withheld = min(HELD_OUT_DOCUMENTS, count)
-        _write_lines(folder / "held_out" / f"{name}.jsonl", held_out_records(name, seed), withheld)
+    for name in WRITTEN:
+        write_lines(folder / f"{name}.jsonl", records(name, seed), counts[name])
+        withheld = min(HELD_OUT_DOCUMENTS, counts[name])
+        write_lines(folder / "held_out" / f"{name}.jsonl", held_out_records(name, seed), withheld)
     (folder / FACTS).write_text(json.dumps(facts(seed, counts), indent=2) + "\n")
 
 
@@ -67,7 +67,8 @@ def facts(seed: int, documents: Mapping[str, int]) -> Record:
     return {"seed": seed, "documents": dict(documents), "tokenizer": tokenizer_hash()}
 
 
-def _write_lines(file: Path, stream: Iterator[Record], count: int) -> None:
+def write_lines(file: Path, stream: Iterator[Record], count: int) -> None:
+    """The first `count` records, as JSONL; a file of that name is replaced."""
     with file.open("w", encoding="utf-8", newline="\n") as lines:
         for record in itertools.islice(stream, count):
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -80,7 +81,7 @@ def tokenizer_hash() -> str:
 
 def records(phase: str, seed: int = 0) -> Iterator[Record]:
     """A phase's training documents, endless."""
-    stream = seed * len(PHASES) + list(PHASES).index(phase)
+    stream = seed * len(WRITTEN) + WRITTEN.index(phase)
     sources = {family: training_problems(family, stream) for family in FAMILIES | PRACTICE}
     return _WRITERS[phase](Random(f"{phase} {seed}"), sources, False)
 
@@ -166,6 +167,7 @@ def _sft(random: Random, sources: Sources, withheld: bool) -> Iterator[Record]:
 
 
 _WRITERS = {"pretrain": _pretrain, "midtrain": _midtrain, "sft": _sft}
+WRITTEN = tuple(_WRITERS)  # phases whose documents no model is needed for
 Turn = tuple[str, str]
 
 
@@ -184,7 +186,7 @@ def _draw(random: Random, sources: Sources) -> Problem:
 
 def _turn(random: Random, sources: Sources) -> Turn:
     problem = _draw(random, sources)
-    return problem.question, response(*worked(problem))
+    return problem.question, concluded(worked(problem))
 
 
 def _conversation(random: Random, sources: Sources) -> list[Turn]:

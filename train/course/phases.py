@@ -34,5 +34,7 @@ PHASES = {
     "pretrain": Phase(256, 8, 1500, 1e4, 1e-2, 4e-3, {"pretrain": 1.0}, 30_000),
     "midtrain": Phase(1024, 2, 400, 1e5, 5e-3, 4e-3, {"midtrain": 0.6, "pretrain": 0.4}, 3_000),
     "sft": Phase(512, 4, 1700, 1e5, 5e-3, 0.0, {"sft": 1.0}, 30_000),
+    # Its documents are made of what the model answers after the phase before.
+    "aggregation": Phase(512, 4, 3300, 1e5, 3e-3, 0.0, {"aggregation": 0.65, "sft": 0.35}, 27_000),
 }
 HELD_OUT_DOCUMENTS = 400  # of each phase, for perplexity

@@ -40,6 +40,7 @@ FAMILIES = (
     "chain_sum",
     "leg_counting",
 )
+WHOLE = 176  # tokens of a response that is seen whole in RSA: four of them fit the context
 SINGLE = 16  # independent answers that are scored alone
 BATCH = 256
 BEGIN, END = "<!-- rsa: begin -->", "<!-- rsa: end -->"
@@ -74,48 +75,40 @@ def prove(
 
 def _run(model: Zaya, problems: list[Problem], settings: Settings, seed: int) -> dict[str, Any]:
     """One family with one seed."""
+    questions = [problem.question for problem in problems]
+    verifiers = [_verifier(problem) for problem in problems]
     solutions = markovian_rsa(
+        model.engine, questions, settings, seed=seed, verifiers=verifiers, batch_size=BATCH
+    )
+    whole = markovian_rsa(
         model.engine,
-        [problem.question for problem in problems],
-        settings,
+        questions,
+        dataclasses.replace(settings, beta=WHOLE, tau=WHOLE, final_budget=WHOLE),
         seed=seed,
-        verifiers=[_verifier(problem) for problem in problems],
+        verifiers=verifiers,
         batch_size=BATCH,
     )
     spent = [s.generated_tokens for s in solutions]
-    samples = _independent(model, problems, settings, seed, max(SINGLE, 2 * settings.N * 2))
+    candidates = settings.N * (settings.T + 1)  # more than as many tokens of single answers take
+    samples = _independent(model, problems, settings, seed, max(SINGLE, candidates))
     each = fmean(len(one.tokens) for mine in samples for one in mine)
     k = min(len(samples[0]), max(1, round(fmean(spent) / each)))
     scores = [
         [_score(problem, one) for one in mine]
         for problem, mine in zip(problems, samples, strict=True)
     ]
-    curve = [fmean(map(fmean, (row[:SINGLE] for row in scores)))]
-    rounds = [
-        fmean(s.rounds[n].mean_correctness or 0.0 for s in solutions) for n in range(settings.T + 1)
-    ]
     return {
-        "single": curve[0],
-        "rounds": rounds,
+        "single": fmean(fmean(row[:SINGLE]) for row in scores),
+        **_by_round(problems, solutions),
+        "rsa": _by_round(problems, whole),
         "k": k,
         "majority_of_k": _majority_of(problems, samples, k),
         "majority": fmean(
             _verifier(p)(s.answer or "") for p, s in zip(problems, solutions, strict=True)
         ),
         "majorities_of": {
-            str(n): _majority_of(problems, samples, n) for n in (1, 2, 4, 8, 16, 32) if n <= k
+            str(n): _majority_of(problems, samples, n) for n in (1, 2, 4, 8, 16, 32, 64) if n <= k
         },
-        "majority_by_round": [
-            fmean(
-                _verifier(p)(s.rounds[n].answer or "")
-                for p, s in zip(problems, solutions, strict=True)
-            )
-            for n in range(settings.T + 1)
-        ],
-        "tokens_by_round": [
-            fmean(sum(len(c.tokens) for c in s.rounds[n].candidates) for s in solutions)
-            for n in range(settings.T + 1)
-        ],
         "tokens": fmean(spent),
         "tokens_each": each,
         "prompt_tokens": fmean(s.prompt_tokens for s in solutions),
@@ -125,6 +118,21 @@ def _run(model: Zaya, problems: list[Problem], settings: Settings, seed: int) ->
             name: _control(model, problems, solutions, settings, seed, name)
             for name in ("same", "shuffled", "foreign")
         },
+    }
+
+
+def _by_round(problems: Sequence[Problem], solutions: Sequence[Solution]) -> dict[str, Any]:
+    """Mean correctness, that of the majority, and tokens generated for a problem, by round."""
+    rounds = list(zip(*(s.rounds for s in solutions), strict=True))
+    return {
+        "rounds": [fmean(r.mean_correctness or 0.0 for r in one) for one in rounds],
+        "majority_by_round": [
+            fmean(_verifier(p)(r.answer or "") for p, r in zip(problems, one, strict=True))
+            for one in rounds
+        ],
+        "tokens_by_round": [
+            fmean(sum(len(c.tokens) for c in r.candidates) for r in one) for one in rounds
+        ],
     }
 
 

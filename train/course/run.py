@@ -1,6 +1,6 @@
 """The course of the embedded model, from nothing to a model that talks: `zaya train nano`.
 
-Writes its data, trains the three phases one after the other, each from the weights of the one
+Writes its data, trains the phases one after the other, each from the weights of the one
 before, and reports what each has learned.
 """
 
@@ -17,14 +17,20 @@ from train.course.phases import PHASES
 from train.course.report import load as load_reports
 from train.course.report import report
 from train.course.report import save as save_reports
+from train.course.voting import write_examples
 from train.data.config import DataConfig, Source
 from train.optimizer import OptimizerConfig
 from train.run import Watcher, train
 from zaya_jax.errors import ConfigError
 from zaya_jax.loading import load
 
-FORMATS = {"pretrain": "text", "midtrain": "chat", "sft": "chat"}
-PROBLEMS = {"pretrain": 100, "midtrain": 100, "sft": 200}  # of each family, asked after a phase
+FORMATS = {"pretrain": "text", "midtrain": "chat", "sft": "chat", "aggregation": "tokens"}
+PROBLEMS = {
+    "pretrain": 100,
+    "midtrain": 100,
+    "sft": 200,
+    "aggregation": 200,
+}  # of each family, asked after a phase
 REPORT = "report.json"
 
 
@@ -56,6 +62,11 @@ def course(out: Path, watcher: Watcher, length: float = 1.0, seed: int = 0) -> b
         write(data, seed, counts)
     for name in PHASES:
         run = out / name
+        if name == "aggregation" and not (data / f"{name}.jsonl").exists():
+            watcher.say(f"{data}: the model's answers become examples of aggregation")
+            write_examples(
+                load(out / "sft", jnp.bfloat16, layout="decoding"), data, counts[name], seed
+            )
         if not train(configuration(name, out, length, seed), run, watcher).finished:
             watcher.say("stopped and saved; the same command goes on from there")
             return False
@@ -64,7 +75,7 @@ def course(out: Path, watcher: Watcher, length: float = 1.0, seed: int = 0) -> b
             save_reports(run / REPORT, {name: rows})
     reports = {name: load_reports(out / name / REPORT)[name] for name in PHASES}
     save_reports(out / REPORT, reports)
-    load(out / "sft", jnp.bfloat16).save(out / "model")
+    load(run, jnp.bfloat16).save(out / "model")
     minutes = (time.perf_counter() - begin) / 60
     watcher.say(f"{out / 'model'}: written, {minutes:.1f} minutes")
     return True
@@ -84,7 +95,7 @@ def configuration(name: str, out: Path, length: float = 1.0, seed: int = 0) -> T
         return DataConfig(sources=sources, seed=seed, cache=str(out / "data" / "cache"))
 
     return TrainConfig(
-        phase=name,  # type: ignore[arg-type]
+        phase="sft" if name == "aggregation" else name,  # type: ignore[arg-type]
         start_from=None if before is None else str(out / before),
         model=ModelConfig(preset="nano", init="fan_in"),
         data=data(*(source(file, share) for file, share in phase.mixture.items())),

@@ -38,6 +38,17 @@ def response(steps: Iterable[str], answer: str) -> str:
     return "<think>\n" + "\n".join(steps) + f"\n</think>\n\n{answer}"
 
 
+def concluded(solved: Worked) -> str:
+    """A response whose reasoning ends in the answer, so that its tail has it."""
+    return response([*solved.steps, f"so {solved.answer}"], solved.answer)
+
+
+def another_way(problem: Problem) -> Worked:
+    """A solution that goes through a sum from its end; that of `worked` for other problems."""
+    steps, answer = worked(problem)
+    return Worked(check(problem) if problem.family in SUMS else steps, answer)
+
+
 def check(problem: Problem) -> list[str]:
     """Lines that reach the answer again on another way, or go back from it to the question."""
     return CHECKS[problem.family](problem)
@@ -294,6 +305,7 @@ def _check_legs(problem: Problem) -> list[str]:
     return _legs(reversed(problem.entry["metadata"]["animals"].items()))[0]
 
 
+SUMS = ("chain_sum", "long_chain_sum", "leg_counting")
 CHECKS: dict[str, Callable[[Problem], list[str]]] = {
     "spell_backward": _check_spelling,
     "chain_sum": _check_sum,
