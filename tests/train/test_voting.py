@@ -1,86 +1,77 @@
-"""The embedded model learns to vote where candidates agree, and to try again where they do not."""
+"""Examples from which the embedded model learns to vote."""
 
-import itertools
 import json
+from collections import Counter
 
 import pytest
-from zaya_jax.generation.rows import Generation
 
 import zaya_jax
-from train.course.data import training_problems
 from train.course.rollouts import rollouts
-from train.course.solutions import another_way, worked
-from train.course.voting import SETTINGS, most, vote, voting_examples, write_examples
+from train.course.voting import SETTINGS, leading, vote, voting_examples, write_examples
 from zaya_jax.evaluation.families import FAMILIES, is_held_out
+from zaya_jax.generation.rows import Generation
 from zaya_jax.reasoning.prompts import Prompts
 
 TOKENIZER = zaya_jax.load().tokenizer
 PROMPTS = Prompts(TOKENIZER)
-AGAIN = "<think>\nagain\nso 7\n</think>\n\n7"
 
 
-def group(*answers, right="7"):
+def group(answers, right="7"):
     return [
         {
             "question": "3+4?",
             "tokens": TOKENIZER.encode(f"<think>\n3+4\nso {a}\n</think>\n\n{a}<|im_end|>"),
             "score": float(a == right),
-            "target": AGAIN,
         }
         for a in answers
     ]
 
 
 @pytest.mark.parametrize(
-    "answers, top",
-    [("7789", "7"), ("7788", None), ("6789", None), ("7778", "7"), ("77889", None), ("7", None)],
+    "answers, first",
+    [("7789", "7"), ("7788", "78"), ("6789", "6789"), ("77889", "78"), ([None, None, "7"], "7")],
 )
-def test_the_vote_is_of_the_answer_that_is_more_frequent_than_every_other(answers, top):
-    assert most(list(answers)) == top
+def test_those_lead_than_whom_none_is_more_frequent(answers, first):
+    assert leading(answers) == list(first)
+    assert leading([None]) == []
 
 
 def shown(example):
-    """The answers of the candidates in a prompt, and whether they are of a second round."""
+    """The answers of the candidates in a prompt."""
     text = TOKENIZER.decode(example["prompt"])
     blocks = [b.partition("\n</candidate>")[0] for b in text.split("<candidate>\n")[1:]]
     assert len(blocks) == SETTINGS.C
     return [b.rpartition("so ")[2].strip() for b in blocks]
 
 
-def test_a_response_depends_on_what_the_prompt_shows_and_on_nothing_else():
-    found = list(voting_examples(group(*"77777889"), TOKENIZER, each=300))
-    votes = {text: 0 for text in (vote("7"), AGAIN)}
+def test_the_leading_answer_is_learned_and_among_several_the_right_one(monkeypatch):
+    monkeypatch.setattr("train.course.voting.TRIES", 400)
+    found = list(voting_examples(group("77777889"), TOKENIZER, each=400))
+    patterns = set()
     for example in found:
-        text = TOKENIZER.decode(example["response"]).removesuffix("<|im_end|>")
-        top = most(shown(example))
-        assert text == (AGAIN if top is None else vote(top))
-        votes[text] += 1
-    assert min(votes.values()) > 20
+        answers = shown(example)
+        assert TOKENIZER.decode(example["response"]) == vote("7") + "<|im_end|>"
+        assert "7" in leading(answers)
+        patterns.add(tuple(sorted(Counter(answers).values())))
+    assert patterns == {(4,), (1, 3), (1, 1, 2), (2, 2)}
     alike = sum(len(set(shown(example))) == 1 for example in found)
-    assert 0 < alike < 0.25 * len(found)  # agreement teaches little
+    assert 0 < alike < 0.1 * len(found)  # agreement teaches little
+    again = voting_examples(group("77777889"), TOKENIZER, each=400)
+    assert list(again) == found
+    assert len(list(voting_examples(group("77777889"), TOKENIZER, each=3))) == 3
 
 
 def test_a_wrong_vote_is_not_learned():
-    found = list(voting_examples(group(*"88889977"), TOKENIZER, each=300))
-    assert found and all(most(shown(example)) in (None, "7") for example in found)
-    assert not list(voting_examples(group(*"8888"), TOKENIZER, each=50))
-    assert not list(voting_examples(group(*"777"), TOKENIZER))  # too few to choose from
+    found = list(voting_examples(group("88889977"), TOKENIZER))
+    assert found and all("7" in leading(shown(example)) for example in found)
+    assert not list(voting_examples(group("8888"), TOKENIZER))
+    assert not list(voting_examples(group("777"), TOKENIZER))  # too few to choose from
 
 
-def test_candidates_that_never_ended_agree_with_none():
-    cut = [{**one, "tokens": one["tokens"][:6]} for one in group(*"7777")]
-    for example in voting_examples(cut, TOKENIZER):
-        assert TOKENIZER.decode(example["response"]) == AGAIN + "<|im_end|>"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_other_way_reaches_the_same_answer(family):
-    for problem in itertools.islice(training_problems(family), 50):
-        steps, answer = another_way(problem)
-        assert answer == worked(problem).answer
-        if family in ("chain_sum", "long_chain_sum"):
-            assert steps[-1].rpartition(" ")[2] == answer
-    assert (steps != worked(problem).steps) == (family.endswith("chain_sum") or "leg" in family)
+def test_candidates_that_never_ended_have_no_vote():
+    cut = [{**one, "tokens": one["tokens"][:6]} for one in group("8888")]
+    for example in voting_examples([*cut, *group("7")], TOKENIZER):
+        assert TOKENIZER.decode(example["response"]) == vote("7") + "<|im_end|>"
 
 
 class Guesser:

@@ -25,12 +25,8 @@ from zaya_jax.errors import ConfigError
 from zaya_jax.loading import load
 
 FORMATS = {"pretrain": "text", "midtrain": "chat", "sft": "chat", "aggregation": "tokens"}
-PROBLEMS = {
-    "pretrain": 100,
-    "midtrain": 100,
-    "sft": 200,
-    "aggregation": 200,
-}  # of each family, asked after a phase
+# Of each family, asked after a phase.
+PROBLEMS = {"pretrain": 100, "midtrain": 100, "sft": 200, "aggregation": 200}
 REPORT = "report.json"
 
 
@@ -64,9 +60,8 @@ def course(out: Path, watcher: Watcher, length: float = 1.0, seed: int = 0) -> b
         run = out / name
         if name == "aggregation" and not (data / f"{name}.jsonl").exists():
             watcher.say(f"{data}: the model's answers become examples of aggregation")
-            write_examples(
-                load(out / "sft", jnp.bfloat16, layout="decoding"), data, counts[name], seed
-            )
+            model = load(out / "sft", jnp.bfloat16, layout="decoding")
+            write_examples(model, data, counts[name], seed)
         if not train(configuration(name, out, length, seed), run, watcher).finished:
             watcher.say("stopped and saved; the same command goes on from there")
             return False

@@ -43,12 +43,6 @@ def concluded(solved: Worked) -> str:
     return response([*solved.steps, f"so {solved.answer}"], solved.answer)
 
 
-def another_way(problem: Problem) -> Worked:
-    """A solution that goes through a sum from its end; that of `worked` for other problems."""
-    steps, answer = worked(problem)
-    return Worked(check(problem) if problem.family in SUMS else steps, answer)
-
-
 def check(problem: Problem) -> list[str]:
     """Lines that reach the answer again on another way, or go back from it to the question."""
     return CHECKS[problem.family](problem)
@@ -305,7 +299,6 @@ def _check_legs(problem: Problem) -> list[str]:
     return _legs(reversed(problem.entry["metadata"]["animals"].items()))[0]
 
 
-SUMS = ("chain_sum", "long_chain_sum", "leg_counting")
 CHECKS: dict[str, Callable[[Problem], list[str]]] = {
     "spell_backward": _check_spelling,
     "chain_sum": _check_sum,

@@ -1,16 +1,16 @@
-"""Examples from which the course's model learns to aggregate: vote, or try again.
+"""Examples from which the course's model learns to aggregate by a vote.
 
-The model is small, so what it is to learn depends on nothing but what it sees. Where one answer
-is more frequent among the candidates than every other, the response is that answer; where none is,
-it is a solution on another way, whose mistakes are others than those of the candidates. Examples
-in which the vote would be wrong are left out.
+The response names the answer that is more frequent among the candidates than every other one, or
+of the most frequent ones that which is right. The model is small: it learns to see which answer
+leads, but not whether any does, so it is not taught to solve the problem anew where none does.
 """
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
+from typing import NamedTuple, Self
 
 from train.aggregation import Rollout, by_question
 from train.course.data import training_problems, write_lines
@@ -26,7 +26,8 @@ STREAM = 50  # of problems, which no other phase's documents are made of
 FILE = "aggregation.jsonl"
 SETTINGS = PRESETS["nano"]
 LATER = 0.4  # of the examples show what candidates of a second round look like
-UNANIMOUS = 0.3  # of the examples in which all candidates agree are kept
+TRIES = 40  # choices of candidates, of a question's rollouts
+KEPT = {4: 0.02, 3: 0.5}  # of the choices in which so many candidates agree, which teach less
 
 
 def write_examples(model: Zaya, folder: Path, count: int, seed: int = 0) -> None:
@@ -61,28 +62,49 @@ def voting_examples(
 ) -> Iterator[dict[str, list[int]]]:
     """Examples of format "tokens", at most `each` of a question; see `rollouts`."""
     prompts = Prompts(tokenizer)
-    end = tokenizer.encode(tokenizer.end_tokens[0])
     for question, group in by_question(answers):
-        random = Random(f"{seed} {question}")
-        texts = [tokenizer.decode(one["tokens"]) for one in group]
-        given = [_answer(text, number) for number, text in enumerate(texts)]
-        right = {a for a, one in zip(given, group, strict=True) if one["score"] == 1}
-        for _ in range(each if len(group) >= SETTINGS.C else 0):
-            later, shown, tails = random.random() < LATER, [], []
-            for place in random.sample(range(len(group)), SETTINGS.C):
-                answer, tokens = given[place], group[place]["tokens"]
-                if later and (voted := most(random.sample(given, SETTINGS.C))):
-                    answer, tokens = voted, tokenizer.encode(vote(voted))
-                shown.append(answer)
-                tails.append(prompts.tail(tokens, SETTINGS.tau))
-            top = most(shown)
-            if (top and top not in right) or (
-                len(set(shown)) == 1 and random.random() >= UNANIMOUS
-            ):
-                continue
-            text = vote(top) if top else group[0]["target"]
-            response = [*tokenizer.encode(text), *end]
+        if len(group) >= SETTINGS.C:
+            found = _of_question(question, group, prompts, tokenizer, Random(f"{seed} {question}"))
+            yield from itertools.islice(found, each)
+
+
+def _of_question(
+    question: str, group: Sequence[Rollout], prompts: Prompts, tokenizer: Tokenizer, random: Random
+) -> Iterator[dict[str, list[int]]]:
+    end = tokenizer.encode(tokenizer.end_tokens[0])
+    given = [_Answered.of(one["tokens"], tokenizer) for one in group]
+    right = {one.answer for one, rollout in zip(given, group, strict=True) if rollout["score"] == 1}
+    for _ in range(TRIES):
+        candidates = random.sample(given, SETTINGS.C)
+        if random.random() < LATER:
+            candidates = [_voted(given, tokenizer, random) or one for one in candidates]
+        first = leading([one.answer for one in candidates])
+        chosen = next((answer for answer in first if answer in right), None)
+        agree = sum(one.answer == chosen for one in candidates)
+        if chosen is not None and random.random() < KEPT.get(agree, 1):
+            tails = [prompts.tail(one.tokens, SETTINGS.tau) for one in candidates]
+            response = [*tokenizer.encode(vote(chosen)), *end]
             yield {"prompt": prompts.aggregation(question, tails).tokens, "response": response}
+
+
+class _Answered(NamedTuple):
+    """A response, and its answer; None where it has none."""
+
+    tokens: list[int]
+    answer: str | None
+
+    @classmethod
+    def of(cls, tokens: list[int], tokenizer: Tokenizer) -> Self:
+        _, _, answer = tokenizer.decode(tokens).partition("</think>\n\n")
+        return cls(tokens, answer.removesuffix(tokenizer.end_tokens[0]) or None)
+
+
+def _voted(given: Sequence[_Answered], tokenizer: Tokenizer, random: Random) -> _Answered | None:
+    """What a candidate of a second round would be; None where the first round has no vote."""
+    match leading([one.answer for one in random.sample(given, SETTINGS.C)]):
+        case [answer]:
+            return _Answered(tokenizer.encode(vote(answer)), answer)
+    return None
 
 
 def vote(answer: str) -> str:
@@ -90,13 +112,7 @@ def vote(answer: str) -> str:
     return f"<think>\nso {answer}\n</think>\n\n{answer}"
 
 
-def most(answers: list[str]) -> str | None:
-    """The answer that is there more often than every other one; None where there is no such."""
-    (top, votes), *others = Counter(answers).most_common(2)
-    return top if votes > max([1, *(count for _, count in others)]) else None
-
-
-def _answer(text: str, number: int) -> str:
-    """A response's answer; where it has none, something that no other one has."""
-    answer = text.partition("</think>\n\n")[2].partition("<|im_end|>")[0]
-    return answer or f"none {number}"
+def leading(answers: Iterable[str | None]) -> list[str]:
+    """The most frequent answers."""
+    counts = Counter(answer for answer in answers if answer is not None)
+    return [answer for answer in counts if counts[answer] == max(counts.values())]
