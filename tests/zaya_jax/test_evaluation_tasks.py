@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from zaya_jax.errors import InputError, ZayaError
-from zaya_jax.evaluation import checkers
+from zaya_jax.errors import InputError, SandboxError, ZayaError
+from zaya_jax.evaluation import checkers, tasks
 from zaya_jax.evaluation.checkers import (
     ask,
     check_choice,
@@ -20,6 +20,7 @@ from zaya_jax.evaluation.checkers import (
 )
 from zaya_jax.evaluation.families import held_out
 from zaya_jax.evaluation.tasks import INSTRUCTIONS, fingerprint, load_task
+from zaya_jax.sandbox import Protections
 
 
 def write(path, *lines):
@@ -271,3 +272,10 @@ def test_a_missing_package_is_named_with_how_to_install_it(monkeypatch, tmp_path
     file = write(tmp_path / "one.jsonl", {"question": "a", "answer": "1"})
     with pytest.raises(ZayaError, match=rf"{package} is missing: pip install 'zaya-jax\[eval"):
         load_task(file if task == "file" else task)
+
+
+def test_generated_code_is_not_run_where_the_sandbox_lacks_something_unless_told(monkeypatch):
+    monkeypatch.setattr(tasks, "protections", lambda: Protections(limits=True))
+    with pytest.raises(SandboxError, match=r"lacks .*network.*--allow-weak-sandbox"):
+        load_task("humaneval", 1)
+    assert len(load_task("humaneval", 1, allow_weak=True).questions) == 1

@@ -1,17 +1,21 @@
 """Programs that attack the sandbox: none gets out, and each ends in a clean failure."""
 
+import dataclasses
 import os
 import signal
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from zaya_jax.sandbox import Limits, check, protections, run
+from zaya_jax.errors import SandboxError
+from zaya_jax.sandbox import Limits, check, probing, protections, run
 
+DOUBLE = "def double(x): return 2 * x"
 LIMITS = Limits(wall_seconds=4, cpu_seconds=2, memory_bytes=256 << 20, output_bytes=10_000)
 
 
@@ -192,3 +196,60 @@ def test_many_threads_may_run_programs_at_once():
         results = list(pool.map(lambda n: run(f"print({n} ** 2)").stdout, range(24)))
     assert results == [f"{n * n}\n" for n in range(24)]
     assert threading.active_count() < 12
+
+
+@pytest.mark.parametrize("lost", [["network"], ["processes", "network", "files", "users", "watch"]])
+def test_without_an_essential_protection_it_refuses_unless_told(monkeypatch, lost):
+    reasons = dict.fromkeys(lost, "the kernel forbids it")
+    lacking = dataclasses.replace(protections(), **dict.fromkeys(lost, False), reasons=reasons)
+    assert "NO  network" in lacking.describe() and "[essential]" in lacking.describe()
+    monkeypatch.setattr(probing, "protections", lambda: lacking)
+    doubled = partial(check, DOUBLE, "assert double(2) == 4", functions=["double"])
+    for attempt in (partial(run, "print(1)"), doubled):
+        with pytest.raises(SandboxError, match=r"network \(the kernel forbids it\).*allow_weak"):
+            attempt()
+    assert run("print(1)", allow_weak=True).stdout == "1\n"
+    assert doubled(allow_weak=True).passed
+
+
+def test_files_that_the_parent_has_open_are_not_inherited(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("hunter2")
+    with secret.open() as file:
+        os.set_inheritable(file.fileno(), True)
+        program = (
+            "import os\nfor fd in range(3, 200):\n"
+            "    try: print(fd, os.readlink(f'/proc/self/fd/{fd}'), os.pread(fd, 9, 0))\n"
+            "    except OSError: pass"
+        )
+        result = run(program, limits=LIMITS)
+    assert "hunter2" not in result.stdout and "secret" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "libc.unshare(0x10000000)",  # a user namespace, to have rights in
+        "libc.unshare(0x00020000)",  # mounts
+        "libc.mount(b'none', b'/tmp', b'tmpfs', 0, None)",
+        "libc.ptrace(16, os.getppid(), 0, 0)",  # attach
+        "libc.setuid(0)",
+        "libc.chroot(b'/')",
+        "libc.kill(-1, 9) or 7",  # everyone
+    ],
+)
+def test_rights_cannot_be_taken(call):
+    program = f"import ctypes, os\nlibc = ctypes.CDLL(None)\nprint(f'got {{{call}}}', flush=True)"
+    result = run(program, limits=LIMITS)
+    assert "got 0" not in result.stdout
+
+
+def test_memory_of_other_processes_cannot_be_read():
+    program = (
+        "import os\nfor pid in {1, os.getppid()} - {os.getpid()}:\n"
+        "    try: open(f'/proc/{pid}/mem', 'rb').read(1); print('got it')\n"
+        "    except OSError: pass\n"
+        "print(sorted(p for p in os.listdir('/proc') if p.isdigit()))"
+    )
+    result = run(program, limits=LIMITS)
+    assert "got it" not in result.stdout and str(os.getpid()) not in result.stdout

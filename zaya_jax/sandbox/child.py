@@ -10,6 +10,7 @@ Three processes, of which only the last runs untrusted code:
 Nothing of this package is imported here, and only what starts quickly.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import marshal
@@ -194,7 +195,8 @@ def inside(job: dict, alive: int) -> None:
         os.close(pipe)
     outcome = watch(job, program, watched.get("processes"))
     if "processes" not in job["steps"]:
-        os.killpg(program, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # nothing is left of its session
+            os.killpg(program, signal.SIGKILL)
     say(job, outcome)
     os._exit(0)
 
