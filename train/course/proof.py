@@ -5,6 +5,7 @@
 For every family and seed, the same model answers the same problems in rounds of candidates, and
 independently with the whole budget of the last round. Independent answers are scored alone
 (avg@16) and by majority (maj@k, with as many of them as take the tokens that the rounds took).
+RSA, which sees candidates whole, is run beside it with the first seed.
 Two controls ask the second round again: with the tails' tokens in random order, and with the
 tails of other problems.
 """
@@ -54,11 +55,14 @@ def prove(
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """The figures of every family, as JSON; a line for each as it is done."""
+    whole = dataclasses.replace(settings, beta=WHOLE, tau=WHOLE, final_budget=WHOLE)
     families = []
     for family in FAMILIES:
-        runs = [_run(model, held_out(family, problems), settings, seed) for seed in seeds]
+        asked = held_out(family, problems)
+        runs = [_run(model, asked, settings, seed) for seed in seeds]
         row: dict[str, Any] = {"family": family, "answers": distinct_answers(family)}
         row |= {name: _mean([run[name] for run in runs]) for name in runs[0]}
+        row["rsa"] = _by_round(asked, _solve(model, asked, whole, seeds[0]))
         families.append(row)
         say(
             f"{family:24} avg@{SINGLE} {row['single']:.3f}, rounds "
@@ -75,22 +79,9 @@ def prove(
 
 def _run(model: Zaya, problems: list[Problem], settings: Settings, seed: int) -> dict[str, Any]:
     """One family with one seed."""
-    questions = [problem.question for problem in problems]
-    verifiers = [_verifier(problem) for problem in problems]
-    solutions = markovian_rsa(
-        model.engine, questions, settings, seed=seed, verifiers=verifiers, batch_size=BATCH
-    )
-    whole = markovian_rsa(
-        model.engine,
-        questions,
-        dataclasses.replace(settings, beta=WHOLE, tau=WHOLE, final_budget=WHOLE),
-        seed=seed,
-        verifiers=verifiers,
-        batch_size=BATCH,
-    )
+    solutions = _solve(model, problems, settings, seed)
     spent = [s.generated_tokens for s in solutions]
-    candidates = settings.N * (settings.T + 1)  # more than as many tokens of single answers take
-    samples = _independent(model, problems, settings, seed, max(SINGLE, candidates))
+    samples = _independent(model, problems, settings, seed, max(SINGLE, 2 * settings.N))
     each = fmean(len(one.tokens) for mine in samples for one in mine)
     k = min(len(samples[0]), max(1, round(fmean(spent) / each)))
     scores = [
@@ -100,7 +91,6 @@ def _run(model: Zaya, problems: list[Problem], settings: Settings, seed: int) ->
     return {
         "single": fmean(fmean(row[:SINGLE]) for row in scores),
         **_by_round(problems, solutions),
-        "rsa": _by_round(problems, whole),
         "k": k,
         "majority_of_k": _majority_of(problems, samples, k),
         "majority": fmean(
@@ -119,6 +109,19 @@ def _run(model: Zaya, problems: list[Problem], settings: Settings, seed: int) ->
             for name in ("same", "shuffled", "foreign")
         },
     }
+
+
+def _solve(
+    model: Zaya, problems: Sequence[Problem], settings: Settings, seed: int
+) -> list[Solution]:
+    return markovian_rsa(
+        model.engine,
+        [problem.question for problem in problems],
+        settings,
+        seed=seed,
+        verifiers=[_verifier(problem) for problem in problems],
+        batch_size=BATCH,
+    )
 
 
 def _by_round(problems: Sequence[Problem], solutions: Sequence[Solution]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ PRESETS = {
     "high": Settings(T=8, N=16, C=4, beta=16 * K, tau=4 * K),
     "xhigh": Settings(T=8, N=32, C=4, beta=32 * K, tau=4 * K),
     # Not of the report: what fits the context of the embedded model, and what it was trained on.
-    "nano": Settings(T=2, N=8, C=4, beta=256, tau=16, final_budget=256),
+    "nano": Settings(T=3, N=16, C=4, beta=256, tau=16, final_budget=256),
 }
 
 
