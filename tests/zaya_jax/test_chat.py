@@ -346,7 +346,7 @@ def test_ctrl_c_stops_the_answer_and_then_the_program(tmp_path):
     options = ["--model", folder, "--dtype", "float32", "--temperature", "0", "--history", history]
     terminal = Terminal(zaya, "chat", *options)
     try:
-        for message, reasons in {"a\nb\n": True, "c\n": False}.items():
+        for message, reasons in {"What is\n3 + 4?\n": True, "What is 5 + 6?\n": False}.items():
             assert terminal.wait_for("> ") is not None
             terminal.type(message)
             answer = terminal.wait_for("<|im_end|>")  # behind it, it goes on
@@ -369,4 +369,4 @@ def test_ctrl_c_stops_the_answer_and_then_the_program(tmp_path):
         os.close(terminal.ours)
     rows = [json.loads(line) for line in history.open()]
     assert [row["role"] for row in rows] == ["user", "assistant"] * 2
-    assert [rows[0]["content"], rows[2]["content"]] == ["a\nb", "c"]
+    assert [rows[0]["content"], rows[2]["content"]] == ["What is\n3 + 4?", "What is 5 + 6?"]

@@ -41,13 +41,14 @@ def outcome(solution):
 
 
 def test_every_round_is_returned_with_all_that_was_made_in_it():
-    solution = NANO.markovian_rsa(QUESTION, SMALL, verifier=lambda answer: answer == "936")
+    settings = dataclasses.replace(SMALL, beta=56, final_budget=64)  # room for an answer
+    solution = NANO.markovian_rsa(QUESTION, settings, verifier=lambda answer: answer == "936")
     assert solution.question == QUESTION and len(solution.rounds) == 3
     prompts = Prompts(NANO.tokenizer)
     for number, round in enumerate(solution.rounds):
-        assert len(round.candidates) == SMALL.N
+        assert len(round.candidates) == settings.N
         for one in round.candidates:
-            assert len(one.tokens) <= SMALL.budget(number)
+            assert len(one.tokens) <= settings.budget(number)
             assert one.text == NANO.tokenizer.decode(one.tokens).removesuffix("<|im_end|>")
             assert one.score == float(one.answer == "936") and one.logprob <= 0
             if number == 0:
@@ -55,10 +56,10 @@ def test_every_round_is_returned_with_all_that_was_made_in_it():
                     prompts.question(QUESTION).tokens
                 )
             else:
-                assert one.subset == sorted(set(one.subset)) and len(one.subset) == SMALL.C
+                assert one.subset == sorted(set(one.subset)) and len(one.subset) == settings.C
                 tails = [solution.rounds[number - 1].candidates[i].tail for i in one.subset]
                 assert one.prompt_tokens == len(prompts.aggregation(QUESTION, tails).tokens)
-            kept = prompts.tail(one.tokens, SMALL.tau) if number < SMALL.T else []
+            kept = prompts.tail(one.tokens, settings.tau) if number < settings.T else []
             assert one.tail == kept
         assert round.mean_correctness == np.mean([one.score for one in round.candidates])
     candidates = [one for round in solution.rounds for one in round.candidates]

@@ -161,9 +161,13 @@ def _midtrain(random: Random, sources: Sources, withheld: bool) -> Iterator[Reco
 
 
 def _sft(random: Random, sources: Sources, withheld: bool) -> Iterator[Record]:
-    """A question and its worked answer; now and then a second one."""
+    """A question and its worked answer; now and then a second one, where both fit the context."""
+    tokenizer = Tokenizer.from_folder(NANO, ZayaConfig.preset("nano"))
+    assert tokenizer is not None
     while True:
-        yield _chat(*(_turn(random, sources) for _ in range(random.choice([1] * 6 + [2]))))
+        chat = _chat(*(_turn(random, sources) for _ in range(random.choice([1] * 6 + [2]))))
+        if len(tokenizer.encode_chat(chat["messages"])) < PHASES["sft"].context:
+            yield chat
 
 
 _WRITERS = {"pretrain": _pretrain, "midtrain": _midtrain, "sft": _sft}

@@ -41,7 +41,7 @@ FAMILIES = (
     "chain_sum",
     "leg_counting",
 )
-WHOLE = 176  # tokens of a response that is seen whole in RSA: four of them fit the context
+WHOLE = 176  # tokens of a response that is seen whole in RSA, where the context has room
 SINGLE = 16  # independent answers that are scored alone
 BATCH = 256
 BEGIN, END = "<!-- rsa: begin -->", "<!-- rsa: end -->"
@@ -55,14 +55,15 @@ def prove(
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """The figures of every family, as JSON; a line for each as it is done."""
-    whole = dataclasses.replace(settings, beta=WHOLE, tau=WHOLE, final_budget=WHOLE)
     families = []
     for family in FAMILIES:
         asked = held_out(family, problems)
         runs = [_run(model, asked, settings, seed) for seed in seeds]
         row: dict[str, Any] = {"family": family, "answers": distinct_answers(family)}
         row |= {name: _mean([run[name] for run in runs]) for name in runs[0]}
-        row["rsa"] = _by_round(asked, _solve(model, asked, whole, seeds[0]))
+        row["rsa"] = _by_round(
+            asked, _solve(model, asked, _whole(model, asked, settings), seeds[0])
+        )
         families.append(row)
         say(
             f"{family:24} avg@{SINGLE} {row['single']:.3f}, rounds "
@@ -122,6 +123,15 @@ def _solve(
         verifiers=[_verifier(problem) for problem in problems],
         batch_size=BATCH,
     )
+
+
+def _whole(model: Zaya, problems: Sequence[Problem], settings: Settings) -> Settings:
+    """The settings of RSA: responses are as long as can be seen whole in the model's context."""
+    prompts = Prompts(_tokenizer(model))
+    longest = max(prompts.longest(problem.question, settings.C, 0) for problem in problems)
+    room = (model.config.max_position_embeddings - longest) // (settings.C + 1)
+    length = min(WHOLE, room)
+    return dataclasses.replace(settings, beta=length, tau=length, final_budget=length)
 
 
 def _by_round(problems: Sequence[Problem], solutions: Sequence[Solution]) -> dict[str, Any]:

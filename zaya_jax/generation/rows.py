@@ -47,13 +47,13 @@ class Generation:
       sampled_logprobs: the same among the tokens that top-k, top-p and min-p kept.
       experts: uint8 [forwarded, layers], the expert of each forwarded token: the prompt's, and all
         sampled ones but the last. The skip class is number E.
-      prompt_read: tokens of the prompt that were read for this one; the others had been read for
-        requests that begin like it.
       finish_reason: "stop" (a stop token or string), "length" (max_new_tokens), "context" (no room
         left), "nan" (the model's next logits hold NaN) or "interrupted".
       error: what went wrong where finish_reason is "nan", else None.
       end: where it ended, to go on from, if the engine was asked to keep it. None also where a stop
         string cut the tokens behind which the state stands.
+      prompt_read: tokens of the prompt that were read for this one; the others had been read for
+        requests that begin like it.
     """
 
     text: str | None
@@ -62,9 +62,9 @@ class Generation:
     sampled_logprobs: list[float]
     experts: np.ndarray
     finish_reason: Finish
-    prompt_read: int = 0
     error: str | None = None
     end: Prefix | None = dataclasses.field(default=None, repr=False)
+    prompt_read: int = 0
 
     @property
     def answer(self) -> Answer:
@@ -152,9 +152,9 @@ class Row:
             self.sampled_logprobs,
             np.array(self.experts, np.uint8)[: len(self.prompt) + max(len(self.tokens) - 1, 0)],
             self.finish or "interrupted",
-            self.read,
             self.error,
             self.end,
+            self.read,
         )
 
     def _add(self, token: int, logprob: float, sampled_logprob: float, experts: np.ndarray) -> None:
