@@ -33,7 +33,7 @@ from zaya_jax.loading import save
 
 ROOT = Path(__file__).parent.parent.parent
 TASKS = Path(__file__).parent / "lm_eval_task"
-FAMILIES = ("spell_backward", "chain_sum", "products", "fraction_simplification")
+FAMILIES = ("letter_counting", "gcd", "long_chain_sum", "fraction_simplification")
 PROBLEMS = [problem for family in FAMILIES for problem in held_out(family, 5)]
 # Not periodic: where two windows of a text hold the same tokens, lm-eval 0.4.13 takes the wrong
 # part of the logits that it keeps for both.
