@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.product import Weight, product
 from zaya_jax.config import Rope
@@ -76,6 +77,8 @@ def rotary_table(positions: jax.Array, head_dim: int, rope: Rope) -> tuple[jax.A
     """Cosines and sines of the rotary embedding: positions int [B, S] -> two float32 [B, S,
     r/2]."""
     rotary = int(head_dim * rope.partial_rotary_factor)
-    frequencies = rope.theta ** (-jnp.arange(0, rotary, 2, dtype=jnp.float32) / rotary)
+    # Rounded twice, as in PyTorch: a last bit of a frequency turns position 1,000 by 1.5e-5.
+    powers = rope.theta ** (np.arange(0, rotary, 2) / rotary)
+    frequencies = 1 / powers.astype(np.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)

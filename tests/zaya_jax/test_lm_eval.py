@@ -85,7 +85,7 @@ def scored_pairs(nano) -> list[tuple[str, str]]:
         ("spaces at the end  ", "move over"),
         (LONG[:900], LONG[900:1000]),
         (LONG, " a context too long"),
-        ("x", LONG[:600]),
+        ("x", LONG[:990]),
         *((problem.question + "\n", problem.answer) for problem in PROBLEMS[::3]),
     ]
     prompts = [
